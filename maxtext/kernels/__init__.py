@@ -36,7 +36,7 @@ class Kernel(Protocol):
 Unfit = Callable[[jax.Array, jax.Array, jax.Array, Mask, Scores], str | None]
 
 _kernels: dict[str, tuple[Kernel, Unfit]] = {}
-_order: list[Callable[[jax.Array, jax.Array], tuple[str, ...]]] = []
+_announced: set[str] = set()
 
 
 def register(name: str, unfit: Unfit = lambda *_: None) -> Callable[[Kernel], Kernel]:
@@ -47,3 +47,43 @@ def register(name: str, unfit: Unfit = lambda *_: None) -> Callable[[Kernel], Ke
     return kernel
 
   return add
+
+
+def attend(
+  name: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Scores
+) -> jax.Array:
+  """Run kernel `name`; 'autoselected' may choose and says what it chose, a named one is obeyed or refused.
+
+  Raises ConfigError when there is no such kernel or it cannot serve this call, with its own words why.
+  """
+  if name == "autoselected":
+    name = _choose(q, k, v, mask, scores)
+  if name not in _kernels:
+    known = ", ".join(["autoselected", *_kernels])
+    raise ConfigError("attention", f"{name!r} is not a kernel{closest(name, _kernels)} ({known})")
+  kernel, unfit = _kernels[name]
+  if why := unfit(q, k, v, mask, scores):
+    raise ConfigError("attention", f"{name!r} cannot serve this layer: {why}; use 'autoselected'")
+  return kernel(q, k, v, mask, scores)
+
+
+def _choose(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Scores) -> str:
+  """The first fit kernel in the order of preference for this shape, logged once per answer."""
+  long = q.shape[1] * k.shape[1] >= LONG
+  order = ("blockwise", "dot_product") if long else ("dot_product", "blockwise")
+  passed = []
+  for name in order:
+    if (why := _kernels[name][1](q, k, v, mask, scores)) is None:
+      line = f"attention: {name} for queries x keys = {q.shape[1]} x {k.shape[1]}" + "".join(passed)
+      if line not in _announced:
+        _announced.add(line)
+        log.info(line)
+      return name
+    passed.append(f"; not {name}: {why}")
+  raise ConfigError("attention", "no kernel can serve this layer" + "".join(passed))
+
+
+# Queries x keys from which not keeping the scores is worth more than one plain product (measured on CPU).
+LONG = 1024 * 1024
+
+from maxtext.kernels import blockwise, dot_product  # noqa: E402, F401  (they register themselves)

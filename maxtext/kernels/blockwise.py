@@ -1,0 +1,1 @@
+"""Attention in linear memory (arrives with its tests)."""
