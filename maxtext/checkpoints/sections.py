@@ -1,0 +1,31 @@
+"""Settings of when checkpoints are written, how many stay and what a run starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from maxtext.bounds import Count, CountOrOff
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  enable_checkpointing: bool
+  async_checkpointing: bool
+  checkpoint_period: Count
+  max_num_checkpoints_to_keep: CountOrOff
+  save_checkpoint_on_start: bool
+  save_checkpoint_on_completion: bool
+  load_parameters_path: str
+  load_full_state_path: str
+  checkpoint_storage_use_ocdbt: bool
+  checkpoint_storage_use_zarr3: bool
+
+  def complaints(self) -> Iterator[tuple[str, ...]]:
+    if self.load_parameters_path and self.load_full_state_path:
+      yield (
+        "load_parameters_path",
+        "a run starts from parameters or from a full state, not from both; leave one of "
+        "load_parameters_path and load_full_state_path empty",
+        "load_full_state_path",
+      )

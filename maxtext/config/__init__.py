@@ -1,0 +1,1 @@
+"""The configuration of a run: YAML, environment and key=value in, frozen sections out."""

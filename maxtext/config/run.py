@@ -1,0 +1,52 @@
+"""The `run` section: what the run is called, where it writes and what it runs on."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from maxtext.bounds import Count, Whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  run_name: str
+  base_output_directory: str
+  model_name: str
+  hardware: Literal["auto", "cpu", "gpu", "tpu"]
+  devices: Count | None
+  jax_cache_dir: str
+  init_weights_seed: Whole
+  resume_changes: tuple[str, ...]
+  log_config: bool
+  debug: bool
+
+  def complaints(self) -> Iterator[tuple[str, ...]]:
+    if self.run_name and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,99}", self.run_name):
+      yield "run_name", (
+        f"{self.run_name!r} cannot name a folder; use at most 100 of the letters A-Z a-z 0-9 . _ + = -, "
+        "the first of them a letter, a digit or _"
+      )
+    if not self.base_output_directory:
+      yield "base_output_directory", "is empty; name a folder, for instance runs"
+    if self.devices is not None and self.hardware != "cpu":
+      yield (
+        "devices",
+        f"virtual devices exist on CPUs only; add hardware=cpu (now {self.hardware}), or leave devices away",
+        "hardware",
+      )
+
+  def known_devices(self, environ: Mapping[str, str]) -> int | None:
+    """How many devices this run will find, where that is known before jax is asked."""
+    if "JAX_COORDINATOR_ADDRESS" in environ:
+      return None
+    if self.devices is not None:
+      return self.devices
+    if self.hardware == "cpu" or (self.hardware == "auto" and environ.get("JAX_PLATFORMS") == "cpu"):
+      forced = re.findall(
+        r"--xla_force_host_platform_device_count=(\d+)", environ.get("XLA_FLAGS", "")
+      )
+      return int(forced[-1]) if forced else 1
+    return None

@@ -1,0 +1,1 @@
+"""Documents in, batches of packed tokens out."""

@@ -1,0 +1,44 @@
+"""Settings of the documents, the tokenizer and the packing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from maxtext.bounds import Bound, Count, CountOrOff, Whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  dataset_type: Literal["text", "synthetic"]
+  dataset_path: str
+  text_column: str
+  tokenizer_type: Literal["byte", "bpe"]
+  tokenizer_path: str
+  tokenizer_vocab_size: Annotated[int, Bound(260, 2**20)]
+  tokenizer_cache_dir: str
+  add_bos: bool
+  add_eos: bool
+  packing: bool
+  grain_packing_type: Literal["first_fit", "best_fit", "concat_then_split"]
+  max_segments_per_seq: CountOrOff
+  enable_data_shuffling: bool
+  data_shuffle_seed: Whole
+  num_epoch: CountOrOff
+  eval_fraction: Annotated[float, Bound(0, 0.5)]
+  grain_worker_count: Annotated[int, Bound(0, 256)]
+
+  def complaints(self) -> Iterator[tuple[str, ...]]:
+    if self.tokenizer_path and self.tokenizer_type == "byte":
+      yield (
+        "tokenizer_path",
+        "the byte tokenizer reads no file; set tokenizer_type=bpe, or leave tokenizer_path empty",
+        "tokenizer_type",
+      )
+    if self.dataset_path and self.dataset_type == "synthetic":
+      yield (
+        "dataset_path",
+        "synthetic data reads no files; set dataset_type=text, or leave dataset_path empty",
+        "dataset_type",
+      )

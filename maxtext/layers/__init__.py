@@ -1,0 +1,1 @@
+"""The parts of a decoder, each built from its spec."""

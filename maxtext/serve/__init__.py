@@ -1,0 +1,1 @@
+"""Tokens out of a trained decoder."""
