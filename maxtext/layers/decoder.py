@@ -1,0 +1,76 @@
+"""The decoder: embed, run the stages, normalise, unembed. The only model class there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxtext.layers.blocks import drop
+from maxtext.layers.norms import make_norm
+from maxtext.layers.params import Compute, dot, lookup, param
+from maxtext.layers.sections import Memory
+from maxtext.layers.stacking import Stack
+from maxtext.masks import Mask
+from maxtext.sharding import constrain
+from maxtext.specs import DecoderSpec
+
+
+class Decoder(nnx.Module):
+  """A decoder-only language model, built from its spec alone."""
+
+  def __init__(self, spec: DecoderSpec, compute: Compute, memory: Memory, rngs: nnx.Rngs):
+    small, dtype = jax.nn.initializers.normal(0.02), compute.weight_dtype
+    self.spec, self.compute = spec, compute
+    self.embedding = param(rngs, small, dtype, vocab=spec.vocab, embed=spec.width)
+    self.positions = (
+      param(rngs, small, dtype, position=spec.positions, embed=spec.width) if spec.positions else None
+    )
+    self.stages = nnx.List([Stack(s, spec.width, compute, memory, rngs) for s in spec.stages])
+    self.norm = make_norm(spec.norm, spec.width, compute, rngs)
+    unembed = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+    self.unembedding = None if spec.tied else param(rngs, unembed, dtype, embed=spec.width, vocab=spec.vocab)
+
+  def __call__(self, tokens: jax.Array, mask: Mask) -> jax.Array:
+    """tokens [b t] -> logits [b t v], float32."""
+    return self.logits(self.hidden(tokens, mask)[0])
+
+  def hidden(
+    self, tokens: jax.Array, mask: Mask, caches: Any = None, key: jax.Array | None = None
+  ) -> tuple[jax.Array, Any]:
+    """tokens [b t] at mask.q_pos -> the normalised last layer [b t d], and the caches with the new tokens.
+
+    `caches` holds one entry per stage; `key` draws dropout, without it there is none.
+    """
+    place = ("activation_batch", "activation_length", "activation_embed")
+    x = constrain(lookup(self.embedding, tokens, self.compute.dtype), *place)
+    if self.positions is not None:
+      x = constrain(x + lookup(self.positions, mask.q_pos, self.compute.dtype), *place)
+    if key is not None:
+      x = drop(x, self.spec.stages[0].blocks[0].dropout, jax.random.fold_in(key, len(self.stages)))
+    out = []
+    for i, stage in enumerate(self.stages):
+      cache = None if caches is None else caches[i]
+      x, cache = stage(x, mask, cache, None if key is None else jax.random.fold_in(key, i))
+      out.append(cache)
+    return self.norm(x), None if caches is None else tuple(out)
+
+  def head(self) -> tuple[str, nnx.Param]:
+    """The einsum and the parameter that take [b t d] to logits [b t v]."""
+    if self.unembedding is None:
+      return "btd,vd->btv", self.embedding
+    return "btd,dv->btv", self.unembedding
+
+  def logits(self, x: jax.Array) -> jax.Array:
+    """The normalised last layer [b t d] -> logits [b t v], float32."""
+    equation, p = self.head()
+    x = x.astype(jnp.float32) if self.compute.f32_logits else x
+    logits = soft_cap(dot(equation, x, p, self.compute).astype(jnp.float32), self.spec.final_soft_cap)
+    return constrain(logits, "activation_batch", "activation_length", "activation_vocab")
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+  """cap * tanh(x / cap), or x where there is no cap."""
+  return x if cap is None else cap * jnp.tanh(x / cap)

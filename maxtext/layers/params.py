@@ -1,0 +1,115 @@
+"""Parameters that know the names of their axes, and the contractions that use them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxtext import sharding
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How layers compute, as opposed to what: dtypes, the attention kernel, and matmul precision.
+
+  Activations and matmul inputs have `dtype`, parameters `weight_dtype`; norms, softmax sums, rotary angles and
+  the loss are float32 always. `f32_scores` computes q.k in float32, `f32_logits` the unembedding.
+  """
+
+  dtype: jnp.dtype = jnp.dtype("float32")
+  weight_dtype: jnp.dtype = jnp.dtype("float32")
+  kernel: str = "autoselected"
+  matmul_precision: str | None = None
+  f32_scores: bool = False
+  f32_logits: bool = False
+
+
+def param(rngs: nnx.Rngs, init: Initializer, dtype: jnp.dtype, /, **axes: int) -> nnx.Param:
+  """param(rngs, init, dtype, embed=d, mlp=f): the shape and the logical axes are one statement."""
+  return nnx.Param(init(rngs.params(), tuple(axes.values()), dtype), axes=tuple(axes))
+
+
+def dot(equation: str, x: jax.Array, p: nnx.Param, compute: Compute) -> jax.Array:
+  """einsum of an activation with a parameter, in the activation's dtype.
+
+  The one seam where a parameter is cast, gathered over the batch's mesh axes, and its gradient summed in
+  float32 and scattered back. The gathered copy is never kept for the backward pass.
+  """
+  return _dot(equation, p.get_metadata()["axes"], compute.matmul_precision, x, p[...])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _dot(equation, axes, precision, x, w):
+  return jnp.einsum(equation, x, sharding.gather(w.astype(x.dtype), axes), precision=precision)
+
+
+def _dot_forward(equation, axes, precision, x, w):
+  return _dot(equation, axes, precision, x, w), (x, w)
+
+
+def _dot_backward(equation, axes, precision, saved, g):
+  x, w = saved
+  inputs, out = equation.split("->")
+  a, b = inputs.split(",")
+  dx = jnp.einsum(f"{out},{b}->{a}", g, sharding.gather(w.astype(x.dtype), axes), precision=precision)
+  dw = jnp.einsum(f"{a},{out}->{b}", x, g, precision=precision, preferred_element_type=jnp.float32)
+  return dx, sharding.constrain(dw.astype(w.dtype), *axes)
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
+def lookup(p: nnx.Param, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Rows [b t] of a table [v d] -> [b t d] in `dtype`; the gradient is summed in float32."""
+  return _lookup(p.get_metadata()["axes"], p.shape, dtype, p[...], rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _lookup(axes, shape, dtype, w, rows):
+  return sharding.gather(w.astype(dtype), axes)[rows]
+
+
+def _lookup_forward(axes, shape, dtype, w, rows):
+  return _lookup(axes, shape, dtype, w, rows), (rows, jnp.zeros((), w.dtype))
+
+
+def _lookup_backward(axes, shape, dtype, saved, g):
+  rows, like = saved
+  dw = jnp.zeros(shape, jnp.float32).at[rows].add(g.astype(jnp.float32))
+  return sharding.constrain(dw.astype(like.dtype), *axes), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+class Dense(nnx.Module):
+  """A projection by an einsum such as 'btd,dhk->bthk', with an optional bias over the new dimensions.
+
+  `axes` name the kernel's dimensions in the equation's order, with their sizes. The kernel is drawn from a
+  truncated normal of variance 1 / fan-in.
+  """
+
+  def __init__(self, rngs: nnx.Rngs, compute: Compute, equation: str, *, bias: bool = False, **axes: int):
+    a, b, out = equation.replace("->", ",").split(",")
+    contracted = [i for i, letter in enumerate(b) if letter in a]
+    kept = [i for i in range(len(b)) if i not in contracted]
+    init = jax.nn.initializers.variance_scaling(
+      1.0, "fan_in", "truncated_normal", in_axis=contracted, out_axis=kept
+    )
+    self.equation, self.compute = equation, compute
+    self.kernel = param(rngs, init, compute.weight_dtype, **axes)
+    new = {name: size for i, (name, size) in enumerate(axes.items()) if i in kept}
+    zeros = jax.nn.initializers.zeros
+    self.bias = param(rngs, zeros, compute.weight_dtype, **new) if bias else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x -> the equation's output (+ bias), in the dtype of x."""
+    y = dot(self.equation, x, self.kernel, self.compute)
+    return y if self.bias is None else y + self.bias[...].astype(y.dtype)

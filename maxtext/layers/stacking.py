@@ -1,0 +1,87 @@
+"""`repeat` copies of a stage's blocks: stacked parameters, run by scan or unrolled, rematerialised by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import lax
+
+from maxtext.layers.blocks import Block
+from maxtext.layers.params import Compute
+from maxtext.layers.sections import Memory
+from maxtext.masks import Mask
+from maxtext.specs import Stage
+
+_QKV = ("query_proj", "key_proj", "value_proj")
+SAVED = {  # remat policy -> the tagged activations that the backward pass does not compute again
+  "full": (),
+  "minimal": (*_QKV, "out_proj", "mlpwi_0", "mlpwi_1", "mlpwo"),
+  "minimal_with_context": (*_QKV, "attention_out", "out_proj", "mlpwi_0", "mlpwi_1", "mlpwo"),
+  "save_dot_with_context_except_mlp": (*_QKV, "attention_out", "out_proj"),
+  "save_dot_except_mlpwi": (*_QKV, "out_proj", "mlpwo"),
+  "save_dot_except_mlp": (*_QKV, "out_proj"),
+  "save_qkv_proj": _QKV,
+  "save_out_proj": ("out_proj",),
+}
+
+
+class Stack(nnx.Module):
+  """A stage's blocks with every parameter stacked over a leading 'layers' axis of size `repeat`.
+
+  The parameters are the same whether the repeats are scanned or unrolled.
+  """
+
+  def __init__(self, stage: Stage, width: int, compute: Compute, memory: Memory, rngs: nnx.Rngs):
+    self.repeat, self.memory = stage.repeat, memory
+
+    @nnx.split_rngs(splits=stage.repeat)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def build(rngs: nnx.Rngs) -> nnx.List:
+      return nnx.List([Block(spec, width, compute, rngs) for spec in stage.blocks])
+
+    self.blocks = build(rngs)
+    for leaf in jax.tree.leaves(nnx.state(self.blocks), is_leaf=lambda v: isinstance(v, nnx.Variable)):
+      leaf.set_metadata(axes=("layers", *leaf.get_metadata()["axes"]))
+
+  def __call__(
+    self, x: jax.Array, mask: Mask, caches: Any = None, key: jax.Array | None = None
+  ) -> tuple[jax.Array, Any]:
+    """x [b t d] -> [b t d]; `caches` is a tuple with one stacked cache per block of the stage, or None."""
+    graph, weights = nnx.split(self.blocks)
+    keys = None if key is None else jax.random.split(key, self.repeat)
+
+    def body(x: jax.Array, part: Any) -> tuple[jax.Array, Any]:
+      weights, caches, key = part
+      out = []
+      for i, block in enumerate(nnx.merge(graph, weights)):
+        cache = None if caches is None else caches[i]
+        x, cache = block(x, mask, cache, None if key is None else jax.random.fold_in(key, i))
+        out.append(cache)
+      return x, None if caches is None else tuple(out)
+
+    body = _remat(body, self.memory)
+    parts = (weights, caches, keys)
+    if self.memory.scan_layers:
+      return lax.scan(body, x, parts)
+    out = []
+    for part in _unstack(parts, self.repeat):
+      x, layer_caches = body(x, part)
+      out.append(layer_caches)
+    return x, None if caches is None else jax.tree.map(lambda *c: jax.numpy.stack(c), *out)
+
+
+def _remat(body: Callable, memory: Memory) -> Callable:
+  if memory.remat_policy == "none":
+    return body
+  policy = jax.checkpoint_policies.save_only_these_names(*SAVED[memory.remat_policy])
+  return jax.checkpoint(body, policy=policy, prevent_cse=not memory.scan_layers)
+
+
+def _unstack(tree: Any, repeat: int) -> list[Any]:
+  """The layers of a stacked tree; one split per leaf, so that the gradient is one concatenation."""
+  leaves, structure = jax.tree.flatten(tree)
+  pieces = [lax.split(leaf, (1,) * repeat) if leaf.ndim else None for leaf in leaves]
+  return [structure.unflatten([piece[i][0] for piece in pieces]) for i in range(repeat)]

@@ -1,0 +1,170 @@
+"""Config -> Program: the one assembly of mesh, model, state and step, for every entry point."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from maxtext import sharding
+from maxtext.config import Config
+from maxtext.layers.decoder import Decoder
+from maxtext.layers.merging import Params, Plan, parameters
+from maxtext.layers.params import Compute
+from maxtext.objectives.next_token import NextToken
+from maxtext.specs import DecoderSpec
+from maxtext.training import step as steps
+from maxtext.training.optimizers import make_optimizer
+from maxtext.training.schedules import make_schedule
+from maxtext.training.state import State, place_like
+
+COLUMNS = (
+  "inputs",
+  "inputs_position",
+  "inputs_segmentation",
+  "targets",
+  "targets_position",
+  "targets_segmentation",
+)
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What a run consists of, before any memory is used: functions to compile and the shapes they take.
+
+  `step` is (State, batch) -> (State, metrics), `evaluate` (params, batch) -> sums by name; both are
+  compiled by `jax.jit` with the shardings of `state` and `batch` and give the state's memory away.
+  """
+
+  config: Config
+  layout: sharding.Layout
+  spec: DecoderSpec
+  plan: Plan
+  compute: Compute
+  optimizer: optax.GradientTransformation
+  step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
+  evaluate: Callable[[Params, Batch], dict[str, Any]]
+
+  @functools.cached_property
+  def shardings(self) -> dict[str, NamedSharding]:
+    """Where each parameter stands."""
+    return sharding.of(self.plan.declared, self.layout)
+
+  @functools.cached_property
+  def state(self) -> State:
+    """The state's shapes, dtypes and shardings."""
+    return self._abstract(jax.eval_shape(self._fresh))
+
+  @property
+  def params(self) -> Params:
+    """The parameters' shapes, dtypes and shardings."""
+    return self.state.params
+
+  def batch(self, rows: int) -> Batch:
+    """The shapes and shardings of a batch of this many rows."""
+    shape = (rows, self.config.training.max_target_length)
+    columns = ("activation_batch", "activation_length")
+    place = self.layout.sharding(columns, shape, "the batch")
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for name in COLUMNS}
+
+  @property
+  def init(self) -> Callable[[], State]:
+    """() -> State, with parameters drawn from `init_weights_seed`, born sharded."""
+    return jax.jit(self._fresh, out_shardings=jax.tree.map(lambda s: s.sharding, self.state))
+
+  @property
+  def begin(self) -> Callable[[Params], State]:
+    """params -> State at step 0, for parameters that come from elsewhere; takes over their memory."""
+    out = jax.tree.map(lambda s: s.sharding, self.state)
+    return jax.jit(self._around, out_shardings=out, donate_argnums=0)
+
+  def _fresh(self) -> State:
+    with sharding.use(self.layout):
+      model = self._model(nnx.Rngs(params=self.config.run.init_weights_seed))
+      return self._around(parameters(model))
+
+  def _around(self, params: Params) -> State:
+    return State(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+
+  def _model(self, rngs: nnx.Rngs) -> Decoder:
+    return Decoder(self.spec, self.compute, self.config.memory, rngs)
+
+  def _abstract(self, shapes: State) -> State:
+    whole = NamedSharding(self.layout.mesh, PartitionSpec())
+    places = place_like(shapes, self.shardings, whole)
+    return jax.tree.map(
+      lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
+    )
+
+
+def build(config: Config, devices: Sequence[jax.Device] | None = None, vocabulary: int = 0) -> Program:
+  """Assemble the run that `config` describes on these devices (default: all there are).
+
+  `vocabulary` is the tokenizer's size, used where the configuration leaves `vocab_size` open.
+  Raises ConfigError where mesh, rules and model do not fit each other.
+  """
+  mesh = sharding.make_mesh(config.mesh, jax.devices() if devices is None else devices)
+  rules = {name: tuple(axes) for name, axes in config.mesh.logical_axis_rules.items()}
+  layout = sharding.Layout(mesh, sharding.Rules(rules))
+  spec = config.decoder(padded(vocabulary))
+  compute = _compute(config)
+  plan = Plan.of(functools.partial(Decoder, spec, compute, config.memory))
+  schedule = make_schedule(config.optimizer, config.training.steps)
+  optimizer = make_optimizer(config.optimizer, schedule)
+  objective = NextToken(config.training.z_loss_multiplier, config.memory.num_vocab_tiling)
+
+  def loss(params: Params, batch: Batch, key: jax.Array | None = None):
+    with sharding.use(layout):
+      return objective(plan.merge(params), batch, key)
+
+  train = _placed(layout, steps.make_step(loss, optimizer, schedule, _step_rules(config)))
+  return Program(
+    config, layout, spec, plan, compute, optimizer, jax.jit(train, donate_argnums=0), jax.jit(loss)
+  )
+
+
+def padded(vocabulary: int) -> int:
+  """A tokenizer's size rounded up so that every usual mesh divides it; the rows above it are never used."""
+  return -(-vocabulary // 64) * 64
+
+
+def _placed(layout: sharding.Layout, step: Callable) -> Callable:
+  def placed(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    with sharding.use(layout):
+      return step(state, batch)
+
+  return placed
+
+
+def _compute(config: Config) -> Compute:
+  precision = config.precision
+  named = precision.matmul_precision
+  return Compute(
+    dtype=jnp.dtype(precision.dtype),
+    weight_dtype=jnp.dtype(precision.weight_dtype),
+    kernel=config.kernel.attention,
+    matmul_precision=None if named == "default" else named,
+    f32_scores=precision.float32_qk_product,
+    f32_logits=precision.logits_dot_in_fp32,
+  )
+
+
+def _step_rules(config: Config) -> steps.Rules:
+  training = config.training
+  return steps.Rules(
+    accumulate=training.gradient_accumulation_steps,
+    grad_dtype=config.precision.grad_dtype,
+    clip=config.optimizer.gradient_clipping_threshold,
+    abort_on_nan=training.abort_on_nan_loss,
+    abort_on_inf=training.abort_on_inf_loss,
+    dropout=training.enable_dropout,
+    seed=config.run.init_weights_seed,
+  )

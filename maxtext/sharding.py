@@ -1,0 +1,185 @@
+"""From logical axis names to shardings: the one place where the two vocabularies meet.
+
+A parameter or an activation names its dimensions; `Rules` says over which mesh axes each name is split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from maxtext import mesh as meshes
+from maxtext.errors import ConfigError, closest
+
+Axes = Sequence[str | None]
+
+
+def make_mesh(section: meshes.Mesh, devices: Sequence[jax.Device]) -> Mesh:
+  """The device mesh of a run: slices (DCN) outermost within each axis, then the chips of a slice (ICI)."""
+  names = tuple(section.mesh_axes)
+  ici, dcn = section.ici(len(devices)), section.dcn()
+  ici_sizes, dcn_sizes = [ici[name] for name in names], [dcn[name] for name in names]
+  options = {"allow_split_physical_axes": section.allow_split_physical_axes}
+  if math.prod(dcn_sizes) == 1:
+    grid = mesh_utils.create_device_mesh(ici_sizes, devices, **options)
+  elif len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+    grid = mesh_utils.create_hybrid_device_mesh(ici_sizes, dcn_sizes, devices, **options)
+  else:  # virtual devices have no slices: lay them out as if each slice were a run of neighbours
+    grid = np.asarray(devices).reshape(*dcn_sizes, *ici_sizes)
+    order = [axis for pair in zip(range(len(names)), range(len(names), 2 * len(names))) for axis in pair]
+    grid = grid.transpose(order).reshape([d * i for d, i in zip(dcn_sizes, ici_sizes)])
+  return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """Logical axis -> the mesh axes that split it, outermost first, e.g. {'mlp': ('tensor',)}."""
+
+  table: Mapping[str, tuple[str, ...]]
+
+  def spec(self, axes: Axes, sizes: Mapping[str, int], shape: Sequence[int], name: str = "") -> PartitionSpec:
+    """The PartitionSpec of array `name` with these logical axes and shape, on a mesh of these sizes.
+
+    Mesh axes of size 1 drop out. Raises ConfigError for a name without a rule, for a mesh axis that
+    would split two dimensions, and for a dimension that does not divide.
+    """
+    used: dict[str, str | None] = {}
+    spec: list[str | tuple[str, ...] | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+      if axis is not None and axis not in self.table:
+        raise ConfigError("logical_axis_rules", f"no rule for {axis!r}{closest(axis, self.table)}")
+      taken = tuple(m for m in self.table.get(axis, ()) if sizes.get(m, 1) > 1) if axis else ()
+      for m in taken:
+        if m in used:
+          raise ConfigError(
+            "logical_axis_rules",
+            f"{used[m]} and {axis} of {name or tuple(axes)} both go to mesh axis {m!r}; "
+            f"an axis can split one dimension, take it out of one of the two rules",
+          )
+        used[m] = axis
+      ways = math.prod(sizes[m] for m in taken)
+      if size % ways:
+        raise ConfigError(
+          "logical_axis_rules",
+          f"{axis}={size} of {name or tuple(axes)} does not divide by {' x '.join(taken)} = {ways}; "
+          f"use a size that is a multiple of {ways}, or a parallelism of {math.gcd(size, ways)}",
+        )
+      spec.append(None if not taken else taken[0] if len(taken) == 1 else taken)
+    return PartitionSpec(*spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A mesh and the rules that place arrays on it."""
+
+  mesh: Mesh
+  rules: Rules
+
+  def sharding(self, axes: Axes, shape: Sequence[int], name: str = "") -> NamedSharding:
+    """Where an array with these logical axes and shape stands."""
+    return NamedSharding(self.mesh, self.rules.spec(axes, self.mesh.shape, shape, name))
+
+  def gathered(self, axes: Axes, shape: Sequence[int]) -> NamedSharding:
+    """Where a parameter stands while it is used: whole along every mesh axis that splits the batch."""
+    spec = self.rules.spec(axes, self.mesh.shape, shape)
+    batch = self.rules.table.get("activation_batch", ())
+
+    def keep(entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+      left = tuple(m for m in ((entry,) if isinstance(entry, str) else entry or ()) if m not in batch)
+      return None if not left else left[0] if len(left) == 1 else left
+
+    return NamedSharding(self.mesh, PartitionSpec(*map(keep, spec)))
+
+  @property
+  def batch_ways(self) -> int:
+    """Into how many parts the batch is split."""
+    return math.prod(self.mesh.shape.get(m, 1) for m in self.rules.table["activation_batch"])
+
+
+_active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def use(layout: Layout | None) -> Iterator[None]:
+  """While inside, traced `constrain`, `gather` and `scatter` place arrays by `layout`."""
+  token = _active.set(layout)
+  try:
+    yield
+  finally:
+    _active.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Have the compiler lay `x` out by its logical axes; nothing happens outside `use`."""
+  if (layout := _active.get()) is None or layout.mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))
+
+
+def gather(w: jax.Array, axes: Axes) -> jax.Array:
+  """A parameter as a contraction uses it: not split over the axes that split the batch.
+
+  Left to itself, XLA's partitioner may instead move the activations over those axes, and for small batches
+  computes a wrong product when it does (tests/test_partitioner.py keeps the case).
+  """
+  if (layout := _active.get()) is None or layout.mesh.size == 1:
+    return w
+  return jax.lax.with_sharding_constraint(w, layout.gathered(axes, w.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+  """One parameter before it exists: its shape, dtype and the logical names of its dimensions."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  axes: tuple[str | None, ...]
+
+
+def of(params: Mapping[str, Declared], layout: Layout) -> dict[str, NamedSharding]:
+  """Where each parameter stands, read from its own axis names; raises ConfigError naming the parameter."""
+  return {name: layout.sharding(p.axes, p.shape, name) for name, p in params.items()}
+
+
+def table(params: Mapping[str, Declared], layout: Layout, tolerance: float) -> str:
+  """The layout of all parameters for people, with what deserves a warning at its end.
+
+  Warned of are parameters that stand whole on every device though they are more than `tolerance` of all
+  bytes, and mesh axes above size 1 that split nothing.
+  """
+  rows, used, total, whole = [], set(layout.rules.table["activation_batch"]), 0, []
+  for name, p in params.items():
+    spec = layout.rules.spec(p.axes, layout.mesh.shape, p.shape, name)
+    split = [m for entry in spec if entry for m in ((entry,) if isinstance(entry, str) else entry)]
+    bytes_all = math.prod(p.shape) * p.dtype.itemsize
+    bytes_here = bytes_all // math.prod(layout.mesh.shape[m] for m in split)
+    rows.append((name, str(list(p.shape)), " ".join(map(str, p.axes)), _spell(spec), f"{bytes_here:,}"))
+    used.update(split)
+    total += bytes_all
+    if not split:
+      whole.append((name, bytes_all))
+  head = ("parameter", "shape", "logical axes", "split over", "bytes per device")
+  widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+  line = lambda row: "  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip()
+  lines = [line(head), *map(line, rows)]
+  if layout.mesh.size > 1:
+    lines += [
+      f"warning: {name} stands whole on every device, {100 * size / total:.1f} % of all parameter bytes"
+      for name, size in whole
+      if size > tolerance * total
+    ]
+    unused = [m for m, n in layout.mesh.shape.items() if n > 1 and m not in used]
+    lines += [f"warning: mesh axis {m!r} of size {layout.mesh.shape[m]} splits nothing" for m in unused]
+  return "\n".join(lines)
+
+
+def _spell(spec: PartitionSpec) -> str:
+  return " ".join("-" if entry is None else "+".join([entry] if isinstance(entry, str) else entry) for entry in spec)

@@ -1,0 +1,34 @@
+"""From the optimizer section to an optax transformation."""
+
+from __future__ import annotations
+
+import re
+
+import jax.numpy as jnp
+import optax
+
+from maxtext.training.sections import Optimizer
+from maxtext.training.state import Params
+
+
+def make_optimizer(section: Optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
+  """Clip by global norm where asked, then the named optimizer at the schedule's rate."""
+  if section.opt_type == "adamw":
+    update = optax.adamw(
+      schedule,
+      b1=section.adam_b1,
+      b2=section.adam_b2,
+      eps=section.adam_eps,
+      weight_decay=section.adam_weight_decay,
+      mask=lambda params: decayed(params, section.adamw_mask),
+      mu_dtype=jnp.dtype(section.mu_dtype) if section.mu_dtype else None,
+    )
+  else:
+    update = optax.sgd(schedule)
+  clip = section.gradient_clipping_threshold
+  return optax.chain(optax.clip_by_global_norm(clip), update) if clip else update
+
+
+def decayed(params: Params, spared: tuple[str, ...]) -> dict[str, bool]:
+  """Which parameters weight decay pulls at: all but those whose path matches one of the patterns."""
+  return {name: not any(re.search(pattern, name) for pattern in spared) for name in params}

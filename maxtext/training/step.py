@@ -1,0 +1,104 @@
+"""One step for every objective: (State, batch) -> (State, metrics)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maxtext.objectives.mean import Mean
+from maxtext.training.state import Params, State
+
+Batch = dict[str, jax.Array]
+Loss = Callable[[Params, Batch, jax.Array | None], dict[str, Mean]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """What a step does besides descending.
+
+  `accumulate` micro-batches make one batch; gradients are summed in `grad_dtype`; `clip` is the norm at which
+  the optimizer clips (0: never), for reporting; a loss or gradient that is NaN or infinite leaves the state
+  untouched where the flag of its kind is set; dropout is drawn from `seed` and the step.
+  """
+
+  accumulate: int = 1
+  grad_dtype: str = "float32"
+  clip: float = 0.0
+  abort_on_nan: bool = True
+  abort_on_inf: bool = True
+  dropout: bool = False
+  seed: int = 0
+
+
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule, rules: Rules):
+  """The train step; `batch` columns are [accumulate * b, t].
+
+  Metrics: each mean of the objective by name, 'total_weights', 'raw_grad_norm' and 'grad_norm' (before and
+  after clipping), 'param_norm', 'learning_rate', and 'ok', false where the step was not applied.
+  """
+
+  def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    key = jax.random.fold_in(jax.random.key(rules.seed), state.step) if rules.dropout else None
+    grads, sums = _gradients(loss, rules, state.params, batch, key)
+    weight = jnp.maximum(sums["loss"].weight, 1)
+    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    ok = _acceptable(rules, sums["loss"].value, norm)
+    new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
+    metrics = {name: mean.value for name, mean in sums.items()}
+    metrics |= {
+      "total_weights": sums["loss"].weight,
+      "raw_grad_norm": norm,
+      "grad_norm": jnp.minimum(norm, rules.clip) if rules.clip else norm,
+      "param_norm": optax.global_norm(new.params),
+      "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+      "ok": ok,
+    }
+    return new, metrics
+
+  return step
+
+
+def _gradients(
+  loss: Loss, rules: Rules, params: Params, batch: Batch, key: jax.Array | None
+) -> tuple[Params, dict[str, Mean]]:
+  """Gradients of the summed loss over all micro-batches, and the sums."""
+
+  def one(part: Batch, index: jax.Array | int) -> tuple[Params, dict[str, Mean]]:
+    def total(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
+      sums = loss(params, part, None if key is None else jax.random.fold_in(key, index))
+      return sums["loss"].total, sums
+
+    grads, sums = jax.grad(total, has_aux=True)(params)
+    return jax.tree.map(lambda g: g.astype(rules.grad_dtype), grads), sums
+
+  if rules.accumulate == 1:
+    return one(batch, 0)
+  parts = {name: _split(x, rules.accumulate) for name, x in batch.items()}
+  shapes = jax.eval_shape(one, {name: x[0] for name, x in parts.items()}, 0)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+  def more(carry: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, carry, one(*part)), None
+
+  return jax.lax.scan(more, zeros, (parts, jnp.arange(rules.accumulate)))[0]
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+  """[parts * b, t] -> [parts, b, t]; every part takes rows from every shard, so nothing moves."""
+  return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+
+def _acceptable(rules: Rules, *numbers: jax.Array) -> jax.Array:
+  ok = jnp.ones((), bool)
+  for x in numbers:
+    ok &= ~jnp.isnan(x) if rules.abort_on_nan else True
+    ok &= ~jnp.isinf(x) if rules.abort_on_inf else True
+  return ok
