@@ -1,0 +1,3 @@
+from maxtext.decode import main
+
+raise SystemExit(main())

@@ -1,0 +1,3 @@
+from maxtext.train import main
+
+raise SystemExit(main())
