@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from maxtext.config import Config
 from maxtext.layers.decoder import Decoder
 from maxtext.layers.merging import Params, Plan, parameters
 from maxtext.layers.params import Compute
+from maxtext.objectives.mean import Mean
 from maxtext.objectives.next_token import NextToken
 from maxtext.specs import DecoderSpec
 from maxtext.training import step as steps
@@ -38,71 +38,82 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What a run consists of, before any memory is used: functions to compile and the shapes they take.
-
-  `step` is (State, batch) -> (State, metrics), `evaluate` (params, batch) -> sums by name; both are
-  compiled by `jax.jit` with the shardings of `state` and `batch` and give the state's memory away.
-  """
+  """What a run consists of, before any memory is used: functions to compile and the shapes they take."""
 
   config: Config
   layout: sharding.Layout
   spec: DecoderSpec
   plan: Plan
-  compute: Compute
+  objective: NextToken
+  schedule: optax.Schedule
   optimizer: optax.GradientTransformation
-  step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
-  evaluate: Callable[[Params, Batch], dict[str, Any]]
-
-  @functools.cached_property
-  def shardings(self) -> dict[str, NamedSharding]:
-    """Where each parameter stands."""
-    return sharding.of(self.plan.declared, self.layout)
 
   @functools.cached_property
   def state(self) -> State:
     """The state's shapes, dtypes and shardings."""
-    return self._abstract(jax.eval_shape(self._fresh))
+    shapes = jax.eval_shape(self._fresh)
+    whole = NamedSharding(self.layout.mesh, PartitionSpec())
+    places = place_like(shapes, sharding.of(self.plan.declared, self.layout), whole)
+    return jax.tree.map(
+      lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
+    )
 
-  @property
-  def params(self) -> Params:
-    """The parameters' shapes, dtypes and shardings."""
-    return self.state.params
+  @functools.cached_property
+  def shardings(self) -> State:
+    """Where every array of the state stands."""
+    return jax.tree.map(lambda s: s.sharding, self.state)
 
   def batch(self, rows: int) -> Batch:
     """The shapes and shardings of a batch of this many rows."""
     shape = (rows, self.config.training.max_target_length)
-    columns = ("activation_batch", "activation_length")
-    place = self.layout.sharding(columns, shape, "the batch")
+    place = self.layout.sharding(("activation_batch", "activation_length"), shape, "the batch")
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for name in COLUMNS}
 
-  @property
+  @functools.cached_property
   def init(self) -> Callable[[], State]:
     """() -> State, with parameters drawn from `init_weights_seed`, born sharded."""
-    return jax.jit(self._fresh, out_shardings=jax.tree.map(lambda s: s.sharding, self.state))
+    return jax.jit(self._fresh, out_shardings=self.shardings, compiler_options=self._hasty)
 
-  @property
+  @functools.cached_property
   def begin(self) -> Callable[[Params], State]:
     """params -> State at step 0, for parameters that come from elsewhere; takes over their memory."""
-    out = jax.tree.map(lambda s: s.sharding, self.state)
-    return jax.jit(self._around, out_shardings=out, donate_argnums=0)
+    return jax.jit(
+      self._around, out_shardings=self.shardings, donate_argnums=0, compiler_options=self._hasty
+    )
+
+  @functools.cached_property
+  def step(self) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+    """(State, batch) -> (State, metrics); takes over the state's memory."""
+    train = steps.make_step(self._loss, self.optimizer, self.schedule, _step_rules(self.config))
+
+    def placed(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+      with sharding.use(self.layout):
+        return train(state, batch)
+
+    return jax.jit(placed, donate_argnums=0, out_shardings=(self.shardings, None))
+
+  @functools.cached_property
+  def evaluate(self) -> Callable[[Params, Batch], dict[str, Mean]]:
+    """(params, batch) -> the objective's sums by name, without dropout."""
+    return jax.jit(self._loss)
+
+  def _loss(self, params: Params, batch: Batch, key: jax.Array | None = None) -> dict[str, Mean]:
+    with sharding.use(self.layout):
+      return self.objective(self.plan.merge(params), batch, key)
 
   def _fresh(self) -> State:
     with sharding.use(self.layout):
-      model = self._model(nnx.Rngs(params=self.config.run.init_weights_seed))
-      return self._around(parameters(model))
+      rngs = nnx.Rngs(params=self.config.run.init_weights_seed)
+      return self._around(parameters(self.plan.build(rngs)))
 
   def _around(self, params: Params) -> State:
     return State(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
 
-  def _model(self, rngs: nnx.Rngs) -> Decoder:
-    return Decoder(self.spec, self.compute, self.config.memory, rngs)
-
-  def _abstract(self, shapes: State) -> State:
-    whole = NamedSharding(self.layout.mesh, PartitionSpec())
-    places = place_like(shapes, self.shardings, whole)
-    return jax.tree.map(
-      lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
-    )
+  @property
+  def _hasty(self) -> dict[str, int]:
+    """Compiler options of what runs once: on a CPU, optimising it takes longer than running it."""
+    cpu = self.layout.mesh.devices.flat[0].platform == "cpu"
+    return {"xla_backend_optimization_level": 1} if cpu else {}
 
 
 def build(config: Config, devices: Sequence[jax.Device] | None = None, vocabulary: int = 0) -> Program:
@@ -113,35 +124,23 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None, vocabular
   """
   mesh = sharding.make_mesh(config.mesh, jax.devices() if devices is None else devices)
   rules = {name: tuple(axes) for name, axes in config.mesh.logical_axis_rules.items()}
-  layout = sharding.Layout(mesh, sharding.Rules(rules))
   spec = config.decoder(padded(vocabulary))
-  compute = _compute(config)
-  plan = Plan.of(functools.partial(Decoder, spec, compute, config.memory))
+  plan = Plan.of(functools.partial(Decoder, spec, _compute(config), config.memory))
   schedule = make_schedule(config.optimizer, config.training.steps)
-  optimizer = make_optimizer(config.optimizer, schedule)
-  objective = NextToken(config.training.z_loss_multiplier, config.memory.num_vocab_tiling)
-
-  def loss(params: Params, batch: Batch, key: jax.Array | None = None):
-    with sharding.use(layout):
-      return objective(plan.merge(params), batch, key)
-
-  train = _placed(layout, steps.make_step(loss, optimizer, schedule, _step_rules(config)))
   return Program(
-    config, layout, spec, plan, compute, optimizer, jax.jit(train, donate_argnums=0), jax.jit(loss)
+    config=config,
+    layout=sharding.Layout(mesh, sharding.Rules(rules)),
+    spec=spec,
+    plan=plan,
+    objective=NextToken(config.training.z_loss_multiplier, config.memory.num_vocab_tiling),
+    schedule=schedule,
+    optimizer=make_optimizer(config.optimizer, schedule),
   )
 
 
 def padded(vocabulary: int) -> int:
   """A tokenizer's size rounded up so that every usual mesh divides it; the rows above it are never used."""
   return -(-vocabulary // 64) * 64
-
-
-def _placed(layout: sharding.Layout, step: Callable) -> Callable:
-  def placed(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-    with sharding.use(layout):
-      return step(state, batch)
-
-  return placed
 
 
 def _compute(config: Config) -> Compute:

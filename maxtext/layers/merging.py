@@ -17,8 +17,9 @@ Params = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A model without its parameters: `merge` puts any arrays of the declared shapes back in."""
+  """A model without its parameters: `build` draws them, `merge` puts any of the declared shapes in."""
 
+  build: Callable[[nnx.Rngs], Decoder]
   graph: Any
   variables: dict[tuple, nnx.Variable]
 
@@ -26,7 +27,7 @@ class Plan:
   def of(cls, build: Callable[[nnx.Rngs], Decoder]) -> Plan:
     """The plan of what `build` makes; nothing is computed and no memory is used."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    return cls(graph, dict(nnx.to_flat_state(state)))
+    return cls(build, graph, dict(nnx.to_flat_state(state)))
 
   @property
   def declared(self) -> dict[str, Declared]:

@@ -83,6 +83,7 @@ def _lookup_forward(axes, shape, dtype, w, rows):
 def _lookup_backward(axes, shape, dtype, saved, g):
   rows, like = saved
   dw = jnp.zeros(shape, jnp.float32).at[rows].add(g.astype(jnp.float32))
+  dw = sharding.gather(dw, axes)  # added up where the tokens are; only then split as the table is
   return sharding.constrain(dw.astype(like.dtype), *axes), None
 
 

@@ -43,14 +43,15 @@ class Stack(nnx.Module):
       return nnx.List([Block(spec, width, compute, rngs) for spec in stage.blocks])
 
     self.blocks = build(rngs)
-    for leaf in jax.tree.leaves(nnx.state(self.blocks), is_leaf=lambda v: isinstance(v, nnx.Variable)):
-      leaf.set_metadata(axes=("layers", *leaf.get_metadata()["axes"]))
+    for _, p in nnx.to_flat_state(nnx.state(self.blocks)):
+      p.set_metadata(axes=("layers", *p.get_metadata()["axes"]))
 
   def __call__(
     self, x: jax.Array, mask: Mask, caches: Any = None, key: jax.Array | None = None
   ) -> tuple[jax.Array, Any]:
     """x [b t d] -> [b t d]; `caches` is a tuple with one stacked cache per block of the stage, or None."""
     graph, weights = nnx.split(self.blocks)
+    weights = jax.tree.map(_one_layer, weights, is_leaf=lambda v: isinstance(v, nnx.Variable))
     keys = None if key is None else jax.random.split(key, self.repeat)
 
     def body(x: jax.Array, part: Any) -> tuple[jax.Array, Any]:
@@ -71,6 +72,13 @@ class Stack(nnx.Module):
       x, layer_caches = body(x, part)
       out.append(layer_caches)
     return x, None if caches is None else jax.tree.map(lambda *c: jax.numpy.stack(c), *out)
+
+
+def _one_layer(p: nnx.Param) -> nnx.Param:
+  """The stacked parameter with the axis names that a single layer of it has."""
+  p = p.copy()
+  p.set_metadata(axes=p.get_metadata()["axes"][1:])
+  return p
 
 
 def _remat(body: Callable, memory: Memory) -> Callable:
