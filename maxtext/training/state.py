@@ -21,16 +21,30 @@ class State:
   opt_state: Any
 
 
-def flatten(state: Any) -> dict[str, Any]:
-  """Every array of a state (or of a tree like it) by name, e.g. 'params/norm.scale'."""
+def tree(state: Any) -> dict[str, Any]:
+  """A state as nested dicts with plain names, as a checkpoint holds it: 'params', 'norm.scale'."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-  return {"/".join(map(_name, path)): leaf for path, leaf in leaves}
+  nested: dict[str, Any] = {}
+  for path, leaf in leaves:
+    *parents, last = map(_name, path)
+    place = nested
+    for parent in parents:
+      place = place.setdefault(parent, {})
+    place[last] = leaf
+  return nested
 
 
-def unflatten(like: Any, arrays: dict[str, Any]) -> Any:
-  """The tree that is shaped like `like`, with these arrays by name."""
+def from_tree(like: Any, nested: dict[str, Any]) -> Any:
+  """The state that is shaped like `like`, from the nested dicts of `tree`."""
   leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-  return structure.unflatten([arrays["/".join(map(_name, path))] for path, _ in leaves])
+
+  def find(path: tuple) -> Any:
+    place = nested
+    for key in path:
+      place = place[_name(key)]
+    return place
+
+  return structure.unflatten([find(path) for path, _ in leaves])
 
 
 def _name(key: Any) -> str:

@@ -1,0 +1,263 @@
+"""One training run, from its configuration to its last checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from maxtext import estimate, program, resume, sharding
+from maxtext import log as logs
+from maxtext.checkpoints.manager import Checkpoints, restore_parameters, restore_state
+from maxtext.config import Config
+from maxtext.data.pipeline import Batches, Corpus, eval_batches, open_corpus, train_batches
+from maxtext.data.place import place
+from maxtext.errors import CheckpointError, ConfigError, Diverged
+from maxtext.log import log
+from maxtext.program import Program
+from maxtext.serve.engine import writer
+from maxtext.signals import Stop
+from maxtext.training.hooks import Evaluate, Histograms, Save
+from maxtext.training.loop import Done, End, Hook, Step, loop
+from maxtext.training.metrics import Metrics, Pace, due, step_scalars
+from maxtext.training.progress import Progress
+from maxtext.training.state import State, from_tree, tree
+from maxtext.training.step import Batch
+
+FACTS, CONFIG, DATA = "facts", "config", "data"  # what a checkpoint holds beside the state
+
+
+def train(config: Config) -> int:
+  """Train the run to its end, or until it is asked to stop; returns the exit code. Raises UserError."""
+  started = time.monotonic()
+  logs.start(jax.process_index(), config.run.debug)
+  for line in config.report():
+    log.info(line)
+  with Stop() as stop, _folder(config) as folder:
+    corpus = open_corpus(config.data)
+    built = program.build(config, vocabulary=corpus.vocab_size)
+    if config.mesh.debug_sharding:
+      log.info(sharding.table(built.plan.declared, built.layout, config.mesh.sharding_tolerance))
+    run = Run(config, folder, built, corpus, started)
+    return run.train(stop)
+
+
+@contextlib.contextmanager
+def _folder(config: Config) -> Iterator[Path]:
+  """The run's folder, made if need be, and this process's alone while it trains."""
+  folder = Path(config.run.base_output_directory).expanduser() / config.run.run_name
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+  except OSError as error:
+    problem = f"{folder} cannot be written ({error.strerror}); name a folder that can"
+    raise ConfigError("base_output_directory", problem) from None
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      problem = f"{config.run.run_name!r} is being trained by another process in {folder}; name another"
+      raise ConfigError("run_name", problem) from None
+    yield folder
+
+
+class Run:
+  """What a training run holds open: its program, its data, its files."""
+
+  def __init__(self, config: Config, folder: Path, built: Program, corpus: Corpus, started: float):
+    self.config, self.folder, self.program, self.corpus = config, folder, built, corpus
+    self.started = started
+    self.devices = built.layout.mesh.size
+    self.rows = config.training.global_batch(self.devices)
+    self.length = config.training.max_target_length
+    self.checkpoints = (
+      Checkpoints(folder / "checkpoints", config.checkpoint)
+      if config.checkpoint.enable_checkpointing
+      else None
+    )
+
+  def train(self, stop: Stop) -> int:
+    """Compile, begin or go on, train, save, and say how it ended."""
+    with ThreadPoolExecutor(1) as background:
+      traced = self.program.step.trace(self.program.state, self.program.batch(self.rows))
+      compiling = background.submit(lambda: traced.lower().compile())
+      batches = train_batches(self.corpus, self.config.data, self.rows, self.length)
+      state = self._begin(batches)
+      first = int(state.step)
+      self._write_config()
+      step = _compiled(compiling)
+    self._announce(step)
+    with self._metrics(first) as metrics, self._progress(first) as progress:
+      hooks = self._hooks(batches, metrics, progress)
+      report = self._reporter(metrics, progress)
+      columns = self._placed(batches, self.rows)
+      span = range(first, self.config.training.steps)
+      end = loop(step, state, columns, span if not stop() else range(first, first), report, hooks, stop)
+      self._finish(end, hooks)
+    self._farewell(end, first, hooks, stop)
+    return 0
+
+  def _begin(self, batches: Batches) -> State:
+    """The newest whole checkpoint of this run, else what the configuration says to load, else drawn anew."""
+    section = self.config.checkpoint
+    like = self.program.state
+    newest = self.checkpoints.newest() if self.checkpoints is not None else None
+    if self.checkpoints is not None and newest is not None:
+      extra = self.checkpoints.extra(newest)
+      resume.check(self.config, extra[CONFIG], extra[FACTS], self.devices)
+      state = from_tree(like, self.checkpoints.restore(newest, tree(like)))
+      batches.restore(extra[DATA])
+      log.info(f"resuming {self.folder} after step {newest - 1}")
+      return state
+    if section.load_full_state_path:
+      state = from_tree(like, restore_state(section.load_full_state_path, tree(like))[0])
+      log.info(f"starting from {section.load_full_state_path}, after step {int(state.step) - 1}")
+      return state
+    if section.load_parameters_path:
+      params = restore_parameters(section.load_parameters_path, like.params)
+      log.info(f"starting with the parameters of {section.load_parameters_path}")
+      return self.program.begin(params)
+    return self.program.init()
+
+  def _hooks(self, batches: Batches, metrics: Metrics, progress: Progress) -> list[Hook]:
+    """What runs between steps, in this order."""
+    config, hooks = self.config, list[Hook]()
+    if config.observe.record_internal_nn_metrics:
+      hooks.append(Histograms(metrics, config.observe.log_period))
+    if config.eval.eval_interval > 0:
+      hooks.append(self._evaluation(metrics, progress))
+    if self.checkpoints is not None:
+      hooks.append(Save(self.checkpoints, config.checkpoint.checkpoint_period, self._beside(batches, metrics)))
+    return hooks
+
+  def _evaluation(self, metrics: Metrics, progress: Progress) -> Evaluate:
+    config = self.config
+    rows = config.eval.batch(config.training, self.devices)
+    limit = None if config.eval.eval_steps == -1 else config.eval.eval_steps
+
+    def held_out() -> Iterator[Batch]:
+      batches = eval_batches(self.corpus, config.data, rows, self.length)
+      return itertools.islice(self._placed(batches, rows), limit)
+
+    return Evaluate(
+      section=config.eval,
+      steps=config.training.steps,
+      evaluate=self.program.evaluate,
+      batches=held_out,
+      write=writer(self.program, self.corpus.tokenizer) if config.eval.eval_sample_length else None,
+      metrics=metrics,
+      progress=progress,
+    )
+
+  def _beside(self, batches: Batches, metrics: Metrics) -> Callable[[], dict[str, Any]]:
+    """What stands in a checkpoint beside the state."""
+    text, facts = self.config.resolved(), resume.facts(self.config, self.devices)
+
+    def beside() -> dict[str, Any]:
+      metrics.flush()  # a checkpoint must not know of steps that the metrics have lost
+      return {CONFIG: text, FACTS: facts, DATA: batches.state()}
+
+    return beside
+
+  def _placed(self, batches: Iterator[dict], rows: int) -> Iterator[Batch]:
+    where = self.program.batch(rows)["inputs"].sharding
+    return (place(batch, where) for batch in batches)
+
+  def _reporter(self, metrics: Metrics, progress: Progress) -> Callable[[Done], None]:
+    """What hears of every finished step: the guard against divergence, the log, the curves."""
+    config = self.config
+    flops = estimate.step_flops(self.program.spec, self.rows * self.length, self.length).total
+    kind = self.program.layout.mesh.devices.flat[0].device_kind
+    pace = Pace(self.rows * self.length, flops, self.devices, estimate.peak_flops(kind), self.started)
+
+    def report(done: Done) -> None:
+      scalars = step_scalars(done.metrics) | pace.after(done.seconds, done.data_wait, done.hook_wait)
+      progress.step(done.step, scalars)
+      if due(done.step, config.observe, config.training.steps):
+        metrics.scalars(done.step, scalars)
+      if not done.metrics["ok"]:
+        raise Diverged(self._diverged(done))
+
+    return report
+
+  def _diverged(self, done: Done) -> str:
+    newest = self.checkpoints.newest() if self.checkpoints is not None else None
+    kept = "no checkpoint was saved" if newest is None else f"the newest checkpoint is after step {newest - 1}"
+    loss, norm = float(done.metrics["loss"]), float(done.metrics["raw_grad_norm"])
+    return f"step {done.step}: loss {loss:g}, gradient norm {norm:g}; it was not applied, {kept}"
+
+  def _finish(self, end: End, hooks: list[Hook]) -> None:
+    """Save what is not saved yet, and wait until it is on disk."""
+    section = self.config.checkpoint
+    if self.checkpoints is not None:
+      if end.finished and (end.why == "stop" or section.save_checkpoint_on_completion):
+        next(hook for hook in hooks if isinstance(hook, Save))(end.finished, end.state)
+      self.checkpoints.close()
+
+  def _farewell(self, end: End, first: int, hooks: list[Hook], stop: Stop) -> None:
+    """How the run ended, and what to do with it now."""
+    steps, name = self.config.training.steps, self.folder
+    if end.why == "data" and end.finished < steps:
+      log.info(f"the data ended after {end.finished} of {steps} steps (num_epoch={self.config.data.num_epoch})")
+    for hook in hooks:
+      if isinstance(hook, Evaluate) and hook.last is not None:
+        entropy = self.corpus.unigram_entropy()
+        log.info(f"eval loss {hook.last:.3f} nats/token; unigram entropy of the corpus {entropy:.3f}")
+    if end.why == "stop" or stop():
+      saved = "" if self.checkpoints is None else f", saved in {name}/checkpoints"
+      log.info(f"stopped by {stop.name} after {end.finished} of {steps} steps{saved}; the same command resumes it")
+    else:
+      log.info(f"finished {end.finished} steps of {name}")
+
+  def _write_config(self) -> None:
+    """config.yml: the whole configuration, whole or not at all."""
+    path = self.folder / "config.yml"
+    try:
+      path.with_suffix(".writing").write_text(self.config.resolved())
+      path.with_suffix(".writing").replace(path)
+    except OSError as error:
+      raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
+
+  def _metrics(self, first: int) -> Metrics:
+    return Metrics(
+      self.folder,
+      self.config.observe,
+      self.config.run.run_name,
+      self.config.resolved(),
+      self.config.hparams(),
+      first,
+      jax.process_index(),
+    )
+
+  def _progress(self, first: int) -> Progress:
+    steps = self.config.training.steps
+    return Progress(self.config.observe, steps, first, self.devices, jax.process_index())
+
+  def _announce(self, step: Any) -> None:
+    """Once, before the first step: what is trained, on what, at what cost."""
+    state, tokens = self.program.state, self.rows * self.length
+    costs = estimate.Estimate.of(self.program.spec, tokens, self.length, state.params, state.opt_state)
+    mesh = self.program.layout.mesh
+    log.info(str(self.corpus))
+    for line in costs.lines(mesh.devices.flat[0].device_kind, mesh.shape, estimate.compiled_bytes(step)):
+      log.info(line)
+
+
+def _compiled(compiling: Future) -> Step:
+  """The compiled step; what does not fit into memory is said in a line."""
+  try:
+    return compiling.result()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    first = str(error).splitlines()[0][:200]
+    raise ConfigError(
+      "per_device_batch_size", f"a step needs more memory than a device has ({first}); lower it, or remat_policy=full"
+    ) from error

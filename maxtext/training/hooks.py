@@ -1,0 +1,93 @@
+"""What happens between steps: evaluations, checkpoints, histograms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from functools import reduce
+from operator import add
+from typing import Any
+
+import jax
+
+from maxtext.checkpoints.manager import Checkpoints
+from maxtext.log import log
+from maxtext.objectives.mean import Mean
+from maxtext.training.metrics import Metrics, eval_scalars, format_eval
+from maxtext.training.progress import Progress
+from maxtext.training.sections import Eval
+from maxtext.training.state import Params, State, tree
+from maxtext.training.step import Batch
+
+
+@dataclasses.dataclass
+class Evaluate:
+  """Every `eval_interval` steps and after the last: the loss on held-out text, and a sample of text.
+
+  `batches` opens one pass over the held-out batches; `write` makes the sample. True, to end the training,
+  once the loss reaches `target_eval_loss`.
+  """
+
+  section: Eval
+  steps: int
+  evaluate: Callable[[Params, Batch], dict[str, Mean]]
+  batches: Callable[[], Iterable[Batch]]
+  write: Callable[[Params], str] | None
+  metrics: Metrics
+  progress: Progress
+  last: float | None = None  # the newest average loss
+
+  def due(self, finished: int) -> bool:
+    interval = self.section.eval_interval
+    return interval > 0 and (finished % interval == 0 or finished == self.steps)
+
+  def __call__(self, finished: int, state: State) -> bool:
+    with self.progress.doing("evaluating"):
+      sums = [self.evaluate(state.params, batch)["lm_loss"] for batch in self.batches()]
+      entropy = jax.device_get(reduce(add, sums))
+      sample = self.write(state.params) if self.write is not None else ""
+    scalars = eval_scalars(entropy.total, entropy.weight)
+    self.last = scalars["eval/avg_loss"]
+    log.info(format_eval(finished - 1, scalars))
+    self.metrics.scalars(finished - 1, scalars)
+    if sample:
+      self.metrics.text(finished - 1, "sample", sample)
+    target = self.section.target_eval_loss
+    if target and self.last <= target:
+      log.info(f"target_eval_loss={target:g} is reached after {finished} steps")
+      return True
+    return False
+
+
+@dataclasses.dataclass
+class Save:
+  """Every `checkpoint_period` steps: the state, and beside it whatever `beside` says at that moment."""
+
+  checkpoints: Checkpoints
+  period: int
+  beside: Callable[[], dict[str, Any]]
+  saved: int = -1  # the newest step that was given to be saved
+
+  def due(self, finished: int) -> bool:
+    return finished % self.period == 0
+
+  def __call__(self, finished: int, state: State) -> bool:
+    if finished != self.saved:
+      self.checkpoints.save(finished, tree(state), self.beside(), force=True)
+      self.saved = finished
+    return False
+
+
+@dataclasses.dataclass
+class Histograms:
+  """Every `period` steps: the distribution of each parameter."""
+
+  metrics: Metrics
+  period: int
+
+  def due(self, finished: int) -> bool:
+    return finished % self.period == 0
+
+  def __call__(self, finished: int, state: State) -> bool:
+    self.metrics.histograms(finished - 1, {f"params/{name}": x for name, x in state.params.items()})
+    return False

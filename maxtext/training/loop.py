@@ -1,0 +1,108 @@
+"""The one loop: fetch, step, and between steps whatever hooks are due."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+
+from maxtext.training.state import State
+from maxtext.training.step import Batch
+
+Step = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+  """A finished step: its index, metrics as numbers, and its seconds; `data_wait` of them went on data.
+
+  Hooks are not part of a step's time; `hook_wait` is what they took since the step before.
+  """
+
+  step: int
+  metrics: dict[str, Any]
+  seconds: float
+  data_wait: float
+  hook_wait: float
+
+
+class Hook(Protocol):
+  """Something that needs the state between two steps: an evaluation, a checkpoint."""
+
+  def due(self, finished: int) -> bool:
+    """Whether to run once `finished` steps are done."""
+
+  def __call__(self, finished: int, state: State) -> bool:
+    """Run; true ends the training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+  """Where a loop ended: the state, how many steps are finished, and why: 'steps', 'data', 'hook' or 'stop'."""
+
+  state: State
+  finished: int
+  why: str
+
+
+@dataclasses.dataclass
+class _Clock:
+  mark: float
+  hooks: float = 0.0
+
+  def lap(self) -> float:
+    before, self.mark = self.mark, time.monotonic()
+    return self.mark - before
+
+
+def loop(
+  step: Step,
+  state: State,
+  batches: Iterator[Batch],
+  span: range,
+  report: Callable[[Done], None],
+  hooks: Sequence[Hook] = (),
+  stop: Callable[[], bool] = lambda: False,
+) -> End:
+  """Run steps `span`; `report` hears of each once it is finished, in order.
+
+  The next step is given to the device before the last one's numbers are fetched, so the device never waits
+  for a log line. Before hooks run, everything is finished and reported.
+  """
+  clock = _Clock(time.monotonic())
+  pending: tuple[int, dict[str, jax.Array], float] | None = None
+
+  def settle() -> None:
+    nonlocal pending
+    if pending is not None:
+      (index, metrics, wait), pending = pending, None
+      numbers = jax.device_get(metrics)
+      waited, clock.hooks = clock.hooks, 0.0
+      report(Done(index, numbers, clock.lap(), wait, waited))
+
+  for index in span:
+    start = time.monotonic()
+    try:
+      batch = next(batches)
+    except StopIteration:
+      settle()
+      return End(state, index, "data")
+    wait = time.monotonic() - start
+    state, metrics = step(state, batch)
+    settle()
+    pending = index, metrics, wait
+    finished = index + 1
+    due = [hook for hook in hooks if hook.due(finished)]
+    if due or stop():
+      settle()
+      ended = [hook(finished, state) for hook in due]
+      clock.hooks += clock.lap()
+      if stop():
+        return End(state, finished, "stop")
+      if any(ended):
+        return End(state, finished, "hook")
+  settle()
+  return End(state, span.stop, "steps")
