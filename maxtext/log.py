@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Callable, Iterator
 
 log = logging.getLogger("maxtext")
 
 
+class _Lines(logging.Handler):
+  """Writes each record as one line to what is standard output now, or to the sink of `above`."""
+
+  def __init__(self) -> None:
+    super().__init__()
+    self.sink: Callable[[str], None] | None = None
+    self.broken = False
+
+  def emit(self, record: logging.LogRecord) -> None:
+    if self.broken:
+      return
+    try:
+      line = self.format(record)
+      if self.sink is not None:
+        self.sink(line)
+      else:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    except OSError as error:  # no reader any more (`| head`), no space: neither ends a training
+      self.broken = True
+      with contextlib.suppress(OSError):
+        print(f"standard output: {error.strerror}; the run goes on in silence", file=sys.stderr)
+    except Exception:
+      self.handleError(record)
+
+
+_lines = _Lines()
+
+
 def start(process: int = 0, debug: bool = False) -> None:
   """Send the log to standard output, bare lines; processes above 0 report errors only."""
-  handler = logging.StreamHandler(sys.stdout)
-  handler.setFormatter(logging.Formatter("%(message)s" if process == 0 else f"[{process}] %(message)s"))
-  log.handlers[:] = [handler]
+  _lines.setFormatter(logging.Formatter(f"[{process}] %(message)s" if process else "%(message)s"))
+  _lines.broken = False
+  log.handlers[:] = [_lines]
   log.propagate = False
   log.setLevel(logging.ERROR if process else logging.DEBUG if debug else logging.INFO)
+
+
+@contextlib.contextmanager
+def above(sink: Callable[[str], None]) -> Iterator[None]:
+  """While inside, lines go to `sink`: what draws at the foot of a terminal prints them above."""
+  before, _lines.sink = _lines.sink, sink
+  try:
+    yield
+  finally:
+    _lines.sink = before

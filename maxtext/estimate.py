@@ -1,0 +1,187 @@
+"""What a run costs, from its spec and shapes alone: parameters, FLOPs, bytes per device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, MlpSpec, NormSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+  """Floating-point operations, a multiplication and an addition counted as two, in matmuls only.
+
+  `weights` multiply activations by parameters; `attention` multiplies activations by each other.
+  Recomputation for the backward pass is not counted: this is what the model needs, not what a
+  program happens to do.
+  """
+
+  weights: float
+  attention: float
+
+  @property
+  def total(self) -> float:
+    return self.weights + self.attention
+
+  def __mul__(self, factor: float) -> Flops:
+    return Flops(self.weights * factor, self.attention * factor)
+
+
+def forward_flops(spec: DecoderSpec, tokens: int, length: int) -> Flops:
+  """One forward pass over `tokens` tokens in causal sequences of `length`."""
+  pairs = sum(
+    attention.heads * attention.head_dim * _pairs(length, attention.window)
+    for attention in (block.attention for block in _blocks(spec))
+  )
+  # q.k and weights.v: each a product of head_dim terms for every pair of tokens and every head
+  return Flops(2.0 * matmul_parameters(spec) * tokens, 4.0 * pairs * tokens / length)
+
+
+def step_flops(spec: DecoderSpec, tokens: int, length: int) -> Flops:
+  """One training step over `tokens` tokens: the backward pass has two products for each forward."""
+  return forward_flops(spec, tokens, length) * 3
+
+
+def _pairs(length: int, window: int | None) -> float:
+  """Pairs (query, key) of a causal sequence, half the square, less what a window leaves out."""
+  window = length if window is None else min(window, length)
+  return window * length - window * window / 2
+
+
+def matmul_parameters(spec: DecoderSpec) -> int:
+  """Those that every token is multiplied by: no bias, norm or lookup, but the unembedding."""
+  blocks = sum(_projections(block, spec.width) for block in _blocks(spec))
+  return blocks + spec.width * spec.vocab
+
+
+def parameter_count(spec: DecoderSpec) -> int:
+  """All parameters of the decoder, each once."""
+  tables = spec.vocab * (1 if spec.tied else 2) + spec.positions
+  blocks = sum(
+    _projections(block, spec.width)
+    + _biases(block.attention, block.mlp, spec.width)
+    + 2 * _norm(block.norm, spec.width)
+    + 2 * _norm(block.attention.qk_norm, block.attention.head_dim)
+    for block in _blocks(spec)
+  )
+  return tables * spec.width + blocks + _norm(spec.norm, spec.width)
+
+
+def _blocks(spec: DecoderSpec) -> Iterator[BlockSpec]:
+  """Every block, as often as it stands in the decoder."""
+  for stage in spec.stages:
+    yield from stage.blocks * stage.repeat
+
+
+def _projections(block: BlockSpec, width: int) -> int:
+  """Weights of a block's projections: query, key, value, out; up (and gate), down."""
+  attention, mlp = block.attention, block.mlp
+  heads = 2 * (attention.heads + attention.kv_heads) * attention.head_dim
+  return width * (heads + (len(mlp.activations) + 1) * mlp.hidden)
+
+
+def _biases(attention: AttentionSpec, mlp: MlpSpec, width: int) -> int:
+  heads = (attention.heads + 2 * attention.kv_heads) * attention.head_dim + width
+  return attention.bias * heads + mlp.bias * (len(mlp.activations) * mlp.hidden + width)
+
+
+def _norm(spec: NormSpec | None, width: int) -> int:
+  return 0 if spec is None else width * (2 if spec.kind == "layer" else 1)
+
+
+# Published dense bf16 peaks in TFLOP/s of what JAX calls one device: Google's pages on Cloud TPU
+# architecture (a v2, v3 or 7x chip is two devices); NVIDIA's and AMD's data sheets, half of the
+# figure where that is for sparse matrices. The first pattern that is found counts.
+_PEAKS = (
+  (r"TPU v2", 23),
+  (r"TPU v3", 61.5),
+  (r"TPU v4 lite", 138),
+  (r"TPU v4", 275),
+  (r"TPU v5 ?(lite|e)", 197),
+  (r"TPU v5", 459),
+  (r"TPU v6 ?(lite|e)", 918),
+  (r"TPU ?7x?\b", 1153.5),
+  (r"\bA100\b", 312),
+  (r"\bH100 NVL\b|\bH200 NVL\b", 835.5),
+  (r"\bH100 PCIe\b", 756),
+  (r"\bH100\b|\bH200\b|\bGH200\b", 989.4),
+  (r"\bGB200\b", 2500),
+  (r"\bB200\b", 2250),
+  (r"\bL4\b", 121),
+  (r"\bL40S\b", 362),
+  (r"\bMI300X\b", 1307.4),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """The published bf16 FLOP/s of a JAX `device_kind`; None where it is not known (a CPU)."""
+  for pattern, tera in _PEAKS:
+    if re.search(pattern, device_kind, re.IGNORECASE):
+      return tera * 1e12
+  return None
+
+
+def bytes_per_device(arrays: Any) -> int:
+  """What a tree of arrays, or of shapes with shardings, occupies on one device."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(arrays)
+  )
+
+
+def compiled_bytes(compiled: Any) -> int | None:
+  """The most that a compiled program holds on one device at a time; None where XLA does not say."""
+  analysis = compiled.memory_analysis()
+  return getattr(analysis, "peak_memory_in_bytes", 0) or None
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """A run before it starts: `flops` of one step on all devices, bytes on each."""
+
+  parameters: int
+  flops: Flops
+  parameter_bytes: int
+  optimizer_bytes: int
+
+  @classmethod
+  def of(cls, spec: DecoderSpec, tokens: int, length: int, params: Any, opt_state: Any) -> Estimate:
+    """Of steps of `tokens` tokens in sequences of `length`; the trees are shapes with shardings."""
+    return cls(
+      parameter_count(spec),
+      step_flops(spec, tokens, length),
+      bytes_per_device(params),
+      bytes_per_device(opt_state),
+    )
+
+  def lines(
+    self, device_kind: str, mesh: Mapping[str, int], step_bytes: int | None = None
+  ) -> Iterator[str]:
+    """What a run prints once; `step_bytes` is the compiled step's peak where it is known."""
+    devices = math.prod(mesh.values())
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
+    yield f"parameters: {self.parameters:,}"
+    yield f"devices: {devices} x {device_kind}" + (f", mesh {axes}" if axes else "")
+    tera, share = self.flops.total / 1e12, self.flops.weights / self.flops.total
+    peak = peak_flops(device_kind)
+    against = f"peak {peak / 1e12:,.1f} TFLOP/s" if peak else "peak not known, so no MFU"
+    yield (
+      f"TFLOPs per step: {tera:.3f} (weights {share:.1%}, attention {1 - share:.1%}), "
+      f"per device {tera / devices:.3f}; {against}"
+    )
+    state = self.parameter_bytes + self.optimizer_bytes
+    line = (
+      f"memory per device: state {_gib(state)} (parameters {_gib(self.parameter_bytes)}, "
+      f"optimizer {_gib(self.optimizer_bytes)})"
+    )
+    yield line + (f", peak of a step {_gib(step_bytes)}" if step_bytes else "")
+
+
+def _gib(size: int) -> str:
+  return f"{size / 2**30:.3f} GiB"

@@ -1,0 +1,141 @@
+"""TensorBoard event files, written by a thread: neither the import nor the disk delays a step."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxtext.errors import ConfigError
+from maxtext.log import log
+from maxtext.training.histograms import EDGES, Histogram
+
+PATIENCE = 30.0  # seconds that flush and close wait for a disk that hangs
+
+
+class Events:
+  """One process's event file in `folder`, holding a run from `first_step` on.
+
+  Raises ConfigError without tensorboardX, OSError when the folder cannot be written. What fails
+  later is logged once; from then on events are dropped.
+  """
+
+  def __init__(self, folder: Path, first_step: int):
+    if importlib.util.find_spec("tensorboardX") is None:
+      problem = "true, but tensorboardX is not installed; install it, or set this to false"
+      raise ConfigError("enable_tensorboard", problem)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+      raise PermissionError(13, "Permission denied", str(folder))
+    self._folder, self._first_step = folder, first_step
+    self._jobs: queue.SimpleQueue[Callable[[], None] | threading.Event | None] = queue.SimpleQueue()
+    self._thread = threading.Thread(target=self._run, name="tensorboard", daemon=True)
+    self._thread.start()
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    now, values = time.time(), dict(values)
+    self._jobs.put(lambda: self._add(step, now, self._scalars(values)))
+
+  def text(self, step: int, tag: str, text: str) -> None:
+    """`text` verbatim: a Markdown code block by indentation, so that nothing in it is markup."""
+    now, block = time.time(), "".join(f"    {line}\n" for line in text.splitlines())
+    self._jobs.put(lambda: self._add(step, now, self._summary.text(tag, block)))
+
+  def histograms(self, step: int, counted: Mapping[str, Histogram]) -> None:
+    now = time.time()
+    self._jobs.put(lambda: self._add(step, now, *map(self._histogram, counted, counted.values())))
+
+  def hparams(self, values: Mapping[str, Any]) -> None:
+    """The run's hyperparameters, in the run's own file: an extra run would clutter every tab."""
+    now, values = time.time(), {name: _plain(value) for name, value in values.items()}
+    self._jobs.put(lambda: self._add(0, now, self._summary.hparams(values, {})[1]))
+
+  def flush(self) -> None:
+    """Return when all events so far are on the disk."""
+    done = threading.Event()
+    self._jobs.put(done)
+    if not done.wait(PATIENCE):
+      log.error(f"{self._folder}: no answer from the disk in {PATIENCE:.0f} s; the run goes on")
+
+  def close(self, failed: bool) -> None:
+    """Mark the session's end unless it failed, flush and stop the thread."""
+    if not failed:
+      now = time.time()
+      self._jobs.put(lambda: self._add(0, now, self._summary.hparams({}, {})[2]))
+    self._jobs.put(None)
+    self._thread.join(PATIENCE)
+
+  def _run(self) -> None:
+    """The thread: write what comes; after a failure only answer those who wait."""
+    try:
+      self._open()
+      while (job := self._jobs.get()) is not None:
+        self._do(job)
+      self._writer.close()
+    except Exception as error:  # whatever it is: a thread that dies unheard keeps flush waiting
+      reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+      log.error(f"{self._folder}: {reason}; the run goes on without TensorBoard")
+      while (job := self._jobs.get()) is not None:
+        if isinstance(job, threading.Event):
+          job.set()
+
+  def _open(self) -> None:
+    """A new event file, after all earlier ones; it takes back their events from `first_step` on."""
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    self._summary, self._event, self._values = summary, event_pb2.Event, summary_pb2.Summary
+    suffix = f".{time.time_ns() % 10**9:09d}"  # two starts in one second must not share a file
+    self._writer = EventsWriter(str(self._folder / "events"), suffix)
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    event = self._event(wall_time=time.time(), step=self._first_step, session_log=start)
+    self._writer.write_event(event)
+
+  def _do(self, job: Callable[[], None] | threading.Event) -> None:
+    if not isinstance(job, threading.Event):
+      return job()
+    try:
+      self._writer.flush()
+    finally:
+      job.set()
+
+  def _add(self, step: int, now: float, *summaries: Any) -> None:
+    """One event of the values of all summaries."""
+    event = self._event(wall_time=now, step=step)
+    for one in summaries:
+      event.summary.value.extend(one.value)
+    self._writer.write_event(event)
+
+  def _scalars(self, values: Mapping[str, float]) -> Any:
+    """One summary of many values: a step is one record."""
+    value = self._values.Value
+    return self._values(
+      value=[value(tag=tag, simple_value=number) for tag, number in values.items()]
+    )
+
+  def _histogram(self, name: str, counted: Histogram) -> Any:
+    """The buckets that hold something, after an empty one that tells where they begin."""
+    size, least, most, total, squares = (float(part) for part in counted[1:])
+    if not size:
+      return self._values()
+    counts = np.diff(np.asarray(counted.at_most, np.float64), prepend=0.0, append=size)
+    limits = np.append(EDGES, max(most, float(EDGES[-1]) + 1.0))
+    filled = np.flatnonzero(counts)
+    shown = slice(max(filled[0] - 1, 0), filled[-1] + 1)
+    return self._summary.histogram_raw(
+      name, least, most, size, total, squares, limits[shown].tolist(), counts[shown].tolist()
+    )
+
+
+def _plain(value: Any) -> bool | int | float | str:
+  """A value that HParams can hold: lists and mappings as JSON, nothing as 'null'."""
+  return value if isinstance(value, (bool, int, float, str)) else json.dumps(value, default=str)
