@@ -41,10 +41,8 @@ class Attention(nnx.Module):
     self.out = Dense(
       rngs, compute, "bthk,hkd->btd", bias=spec.bias, heads=spec.heads, kv=spec.head_dim, embed=width
     )
-    self.query_norm = self.key_norm = None
-    if spec.qk_norm is not None:
-      self.query_norm = make_norm(spec.qk_norm, spec.head_dim, compute, rngs)
-      self.key_norm = make_norm(spec.qk_norm, spec.head_dim, compute, rngs)
+    norm = lambda: spec.qk_norm and make_norm(spec.qk_norm, spec.head_dim, compute, rngs)
+    self.query_norm, self.key_norm = norm(), norm()
 
   def __call__(self, x: jax.Array, mask: Mask, cache: C | None = None) -> tuple[jax.Array, C | None]:
     """With a cache, earlier keys and values come from it, and it comes back with the new ones."""
