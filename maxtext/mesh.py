@@ -73,6 +73,8 @@ class Mesh:
   debug_sharding: bool
 
   def complaints(self) -> Iterator[tuple[str, ...]]:
+    if not self.mesh_axes:
+      yield "mesh_axes", "is empty; name at least one axis, as [data, fsdp, tensor]"
     if repeated := [a for a in self.mesh_axes if self.mesh_axes.count(a) > 1]:
       yield "mesh_axes", f"{repeated[0]!r} stands twice; name each axis once"
     for name, axes in self.logical_axis_rules.items():
@@ -87,9 +89,14 @@ class Mesh:
   def _axis_complaints(self, key: str, axis: str) -> Iterator[tuple[str, ...]]:
     ways = getattr(self, key)
     if axis not in WORKING and ways != 1:
-      yield key, f"{ways}: parallelism over {axis!r} is not there yet; use 1 (working: {', '.join(WORKING)})"
+      working = ", ".join(WORKING)
+      yield key, f"{ways}: parallelism over {axis!r} is not there yet; use 1 (there are {working})"
     elif axis not in self.mesh_axes and ways != 1:
-      yield key, f"{ways}: mesh_axes does not name {axis!r}; add it there, or use 1", "mesh_axes"
+      yield (
+        key,
+        f"{key}={ways}, but mesh_axes does not name {axis!r}; add it there, or set {key}=1",
+        "mesh_axes",
+      )
 
   def sizes(self, devices: int) -> dict[str, int]:
     """Mesh axis -> size on this many devices; raises ConfigError where they cannot be so arranged."""
@@ -113,6 +120,10 @@ class Mesh:
     """Into how many parts a mesh of these sizes splits the logical axis."""
     return math.prod(sizes.get(axis, 1) for axis in self.logical_axis_rules.get(logical, ()))
 
+  def keys(self, axis: str) -> tuple[str, str]:
+    """The keys that set an axis's size."""
+    return _key("ici", axis), _key("dcn", axis)
+
   def _free(self, kind: str) -> list[str]:
     keys = [_key(kind, axis) for axis in AXES]
     return [key for key in keys if getattr(self, key) == -1]
@@ -123,11 +134,11 @@ class Mesh:
     rest, left = divmod(total, fixed)
     if left or (rest > 1 and -1 not in sizes.values()):
       split = [axis for axis, size in sizes.items() if size not in (-1, 1)]
+      product = " x ".join(f"{axis} {sizes[axis]}" for axis in split) or "1"
+      wanted = f"a divisor of {total}" if -1 in sizes.values() else f"{total}, or one of the sizes -1"
       raise ConfigError(
-        _key(kind, split[-1] if split else self.mesh_axes[0]),
-        f"{total} {what} cannot be arranged as "
-        f"{' x '.join(f'{axis} {sizes[axis]}' for axis in split) or '1'}; "
-        + (f"their product must divide {total}" if left else f"the product must be {total}, or one size -1"),
+        _key(kind, split[-1] if split else "fsdp"),
+        f"{total} {what} cannot be arranged as {product}; make the product {wanted}",
       )
     return {axis: rest if size == -1 else size for axis, size in sizes.items()}
 

@@ -45,8 +45,11 @@ class Run:
     if self.devices is not None:
       return self.devices
     if self.hardware == "cpu" or (self.hardware == "auto" and environ.get("JAX_PLATFORMS") == "cpu"):
-      forced = re.findall(
-        r"--xla_force_host_platform_device_count=(\d+)", environ.get("XLA_FLAGS", "")
-      )
-      return int(forced[-1]) if forced else 1
+      return self.forced_devices(environ) or 1
     return None
+
+  def forced_devices(self, environ: Mapping[str, str]) -> int | None:
+    """How many devices XLA_FLAGS makes of the CPU, where it says so."""
+    flag = r"--xla_force_host_platform_device_count=(\d+)"
+    found = re.findall(flag, environ.get("XLA_FLAGS", ""))
+    return int(found[-1]) if found else None

@@ -1,0 +1,96 @@
+"""The configuration of one run: its sections, and where each value comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from maxtext.config.decoder import BlockFile, spec
+from maxtext.config.sections import HINTS, SECTION_OF, Sections, hint_of
+from maxtext.config.sources import BASE, PRESET, Setting, defaults, of_text
+from maxtext.config.values import Unfit, coerce, render
+from maxtext.errors import ConfigError
+from maxtext.specs import DecoderSpec
+
+RULES = "logical_axis_rules"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Sections):
+  """All sections of a run; two are equal when their values are.
+
+  `history` has every place that sets a key, in ascending precedence.
+  """
+
+  block: BlockFile = dataclasses.field(compare=False, repr=False)
+  history: Mapping[str, tuple[Setting, ...]] = dataclasses.field(compare=False, repr=False)
+
+  @functools.cached_property
+  def sources(self) -> dict[str, Setting]:
+    """For each key the place that counts: `config.sources["steps"].where`."""
+    return {key: settings[-1] for key, settings in self.history.items()}
+
+  @functools.cached_property
+  def values(self) -> dict[str, Any]:
+    """Every key with its value."""
+    return {key: getattr(getattr(self, section), key) for key, section in SECTION_OF.items()}
+
+  @property
+  def preset_keys(self) -> list[str]:
+    """The keys that the model preset sets."""
+    return [key for key, settings in self.history.items() if any(s.level == PRESET for s in settings)]
+
+  def differs(self, key: str) -> bool:
+    """Whether something set the key to another value than its default."""
+    first = self.history[key][0]
+    return self.sources[key].level != BASE and self.values[key] != coerce(hint_of(key), first.node)
+
+  @property
+  def notes(self) -> tuple[str, ...]:
+    """A line for each value of the model preset that something written for this run replaced."""
+    found = []
+    for key, settings in self.history.items():
+      preset = next((s for s in settings if s.level == PRESET), None)
+      if preset is not None and coerce(hint_of(key), preset.node) != self.values[key]:
+        new, last = render(self.values[key]), settings[-1]
+        found.append(f"{key}: {new} ({last.where}) instead of {preset.text} ({preset.where})")
+    return tuple(found)
+
+  def decoder(self, vocabulary: int | None = None) -> DecoderSpec:
+    """The model; `vocabulary` counts where `vocab_size` is open."""
+    size = self.architecture.vocab_size or vocabulary
+    if size is None:
+      raise ConfigError("vocab_size", "is open, and no tokenizer says its size; set vocab_size")
+    made, problems = spec(self.block, self.architecture, size)
+    if made is None:
+      line, path, problem, _ = problems[0]
+      raise ConfigError(f"{self.block.place}:{line}  {path}", problem)
+    return made
+
+  def resolved(self) -> str:
+    """Every value as YAML that loads again as this same configuration."""
+    text = []
+    for section, hints in HINTS.items():
+      text += [f"{section}:", *(f"  {key}: {render(self.values[key])}" for key in hints)]
+    return "\n".join(text) + "\n"
+
+  def changes(self, resolved: str) -> list[tuple[str, str, str]]:
+    """(key, old, new) for each key that an earlier run's resolved configuration had otherwise.
+
+    A key that is newer than that run had its default there.
+    """
+    old = {s.key: s for s in [*defaults(lambda _: None), *of_text(resolved)]}
+    return [
+      (key, before, render(value))
+      for key, value in self.values.items()
+      if (before := _rendered(key, old[key])) != render(value)
+    ]
+
+
+def _rendered(key: str, setting: Setting) -> str:
+  try:
+    return render(coerce(hint_of(key), setting.node))
+  except Unfit:
+    return setting.text

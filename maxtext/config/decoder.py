@@ -1,0 +1,206 @@
+"""From a decoder block file to a DecoderSpec.
+
+A block file gives the fields of DecoderSpec; under `blocks` named blocks, of which a later one may say `like` an
+earlier one and only what differs; and the `pattern` of their names, which is cycled over the layers. `${key}` stands
+for an architecture key's value, after scaling. An optional part with `if: false` is absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from maxtext.config import documents
+from maxtext.config.architecture import Architecture
+from maxtext.config.documents import EMPTY, Node
+from maxtext.config.values import Unfit, brief, coerce, render, shown, words
+from maxtext.errors import ConfigError, closest
+from maxtext.specs import BlockSpec, DecoderSpec, Stage
+
+ELSEWHERE = {  # keys that take effect whatever the block file says
+  "decoder_block",
+  "global_parameter_scale",
+  "base_num_decoder_layers",
+  "vocab_size",
+}
+REFERENCE = re.compile(r"\$\{(.*?)\}")
+
+Problem = tuple[int, str, str, str]  # line, path within the file, what is wrong, the architecture key at fault
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockFile:
+  """A decoder block file as it is written."""
+
+  name: str
+  path: Path
+  root: Node
+
+  @property
+  def place(self) -> str:
+    """The file as messages spell it."""
+    return documents.shown(self.path)
+
+  @functools.cached_property
+  def uses(self) -> set[str]:
+    """The architecture keys that take effect with this block."""
+    return ELSEWHERE | {key for text in _texts(self.root) for key in REFERENCE.findall(text)}
+
+
+def spec(file: BlockFile, sizes: Architecture, vocabulary: int) -> tuple[DecoderSpec | None, list[Problem]]:
+  """The decoder that the file describes with these sizes, or all that is wrong with it."""
+  reading = _Reading(_values(sizes))
+  root = dict(reading.fill(file.root).value)
+  blocks = reading.blocks(root.pop("blocks", Node({}, file.root.line)))
+  pattern = reading.pattern(root.pop("pattern", None), blocks)
+  layers = sizes.sizes()["base_num_decoder_layers"]
+  ready = {"vocab": vocabulary, "stages": stages([blocks.get(name) for name in pattern], layers)}
+  made = reading.build(DecoderSpec, Node(root), "", ready)
+  return (None if reading.problems else made), reading.problems
+
+
+def stages(pattern: list[BlockSpec | None], layers: int) -> tuple[Stage, ...]:
+  """`layers` blocks by cycling `pattern`: whole cycles are one repeated stage, the rest is a last one."""
+  blocks = tuple(block for block in pattern if block is not None)
+  if not blocks:
+    return ()
+  cycles, rest = divmod(layers, len(blocks))
+  whole = (Stage(blocks, cycles),) if cycles else ()
+  return (*whole, Stage(blocks[:rest])) if rest else whole
+
+
+def _values(sizes: Architecture) -> dict[str, Any]:
+  hidden = ELSEWHERE - {"base_num_decoder_layers"}
+  values = {f.name: getattr(sizes, f.name) for f in dataclasses.fields(sizes)}
+  return {key: value for key, value in (values | sizes.sizes()).items() if key not in hidden}
+
+
+def _texts(node: Node) -> Iterator[str]:
+  if isinstance(node.value, str):
+    yield node.value
+  else:
+    for item in node.value.values() if isinstance(node.value, dict) else node.value:
+      yield from _texts(item)
+
+
+@dataclasses.dataclass
+class _Reading:
+  """One pass over a block file; `problems` gathers what is wrong."""
+
+  values: Mapping[str, Any]
+  problems: list[Problem] = dataclasses.field(default_factory=list)
+
+  def fill(self, node: Node) -> Node:
+    """The tree with each `${key}` replaced by its value."""
+    if isinstance(node.value, dict):
+      return dataclasses.replace(node, value={k: self.fill(v) for k, v in node.value.items()})
+    if isinstance(node.value, list):
+      return dataclasses.replace(node, value=[self.fill(item) for item in node.value])
+    if (key := REFERENCE.fullmatch(node.value)) and key[1] in self.values:
+      filled = documents.parse(render(self.values[key[1]]), lambda *_: None)
+      return dataclasses.replace(filled, line=node.line, origin=key[1])
+    for name in REFERENCE.findall(node.value):
+      if name in self.values:
+        self._add(node, brief(node.value), "must stand alone; write only ${" + name + "}")
+      else:
+        self._add(node, brief(node.value), f"no such architecture key{closest(name, self.values)}")
+    return node
+
+  def blocks(self, node: Node) -> dict[str, BlockSpec | None]:
+    """Each named block, built once; None for one with problems."""
+    if not isinstance(node.value, dict) or not node.value:
+      self._add(node, "blocks", "is missing; name each block and what it consists of")
+      return {}
+    trees: dict[str, Node] = {}
+    for name, tree in node.value.items():
+      entries = dict(tree.value) if isinstance(tree.value, dict) else {}
+      if like := entries.pop("like", None):
+        tree = dataclasses.replace(tree, value=entries)
+        if isinstance(like.value, str) and like.value in trees:
+          tree = _merged(trees[like.value], tree)
+        else:
+          near = closest(str(like.value), trees)
+          self._add(like, f"blocks.{brief(name)}.like", f"{shown(str(like.value))}: no earlier block{near}")
+      trees[name] = tree
+    return {name: self.build(BlockSpec, tree, f"blocks.{brief(name)}") for name, tree in trees.items()}
+
+  def pattern(self, node: Node | None, blocks: Mapping[str, Any]) -> list[str]:
+    """The names of one cycle; a file with one block needs none."""
+    if node is None and len(blocks) == 1:
+      return list(blocks)
+    try:
+      names = coerce(tuple[str, ...], node or EMPTY)
+    except Unfit:
+      names = ()
+    if not names:
+      self._add(node or EMPTY, "pattern", "is missing; write the blocks' names in order, as [local, global]")
+    for name in names:
+      if name not in blocks:
+        self._add(node or EMPTY, "pattern", f"{shown(name)}: no such block{closest(name, blocks)}")
+    return list(names)
+
+  def build(self, cls: type, node: Node, path: str, ready: Mapping[str, Any] = types.MappingProxyType({})) -> Any:
+    """The dataclass `cls` from a mapping, and from `ready` values; None where something is wrong."""
+    if not isinstance(node.value, dict):
+      self._add(node, path, f"is {node.kind}; write a mapping of its parts")
+      return None
+    before, hints, values = len(self.problems), get_type_hints(cls), dict(ready)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in ready}
+    at: Callable[[str], str] = lambda name: f"{path}.{name}" if path else name
+    for name, part in node.value.items():
+      if name in fields:
+        values[name] = self._value(hints[name], part, at(name))
+      else:
+        offer = closest(name, fields) or f"; there are {', '.join(fields)}"
+        self._add(part, at(brief(name)), f"no such part{offer}")
+    for name, field in fields.items():
+      if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+        self._add(node, at(name), f"is missing; write {_words(hints[name])}")
+    if len(self.problems) > before:
+      return None
+    try:
+      return cls(**values)
+    except ConfigError as e:
+      self._add(node.value.get(e.where, node), at(e.where), e.problem)
+      return None
+
+  def _value(self, hint: Any, node: Node, path: str) -> Any:
+    optional = get_origin(hint) in (typing.Union, types.UnionType)
+    inner = next(a for a in get_args(hint) if a is not type(None)) if optional else hint
+    if not dataclasses.is_dataclass(inner):
+      try:
+        return coerce(hint, node)
+      except Unfit as e:
+        self._add(node, path, str(e))
+        return None
+    if optional and node.null:
+      return None
+    if optional and isinstance(node.value, dict) and "if" in node.value:
+      entries = dict(node.value)
+      if self._value(bool, entries.pop("if"), f"{path}.if") is False:
+        return None
+      node = dataclasses.replace(node, value=entries)
+    return self.build(typing.cast(type, inner), node, path)
+
+  def _add(self, node: Node, path: str, problem: str) -> None:
+    self.problems.append((node.line, path, problem, node.origin))
+
+
+def _merged(base: Node, over: Node) -> Node:
+  """`over` on top of `base`: mappings merge, all else replaces."""
+  if not isinstance(base.value, dict) or not isinstance(over.value, dict):
+    return over
+  entries = dict(base.value)
+  for name, node in over.value.items():
+    entries[name] = _merged(entries[name], node) if name in entries else node
+  return dataclasses.replace(over, value=entries)
+
+
+def _words(hint: Any) -> str:
+  return "a mapping of its parts" if dataclasses.is_dataclass(hint) else words(hint)

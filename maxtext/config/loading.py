@@ -1,0 +1,146 @@
+"""Reads a run's configuration, and complains of all that is wrong with it at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from maxtext.config import arguments, checks, documents, sources
+from maxtext.config.checks import Purpose
+from maxtext.config.complaints import Complain, Complaint, lines
+from maxtext.config.config import RULES, Config
+from maxtext.config.decoder import BlockFile, spec
+from maxtext.config.documents import EMPTY, Node
+from maxtext.config.sections import HINTS, SECTIONS, hint_of
+from maxtext.config.sources import BASE, Setting
+from maxtext.config.values import Unfit, coerce, shown
+from maxtext.errors import ConfigErrors, closest
+
+def load(
+  argv: Sequence[str], environ: Mapping[str, str] = os.environ, purpose: Purpose = "train"
+) -> Config:
+  """The configuration of `[config.yml] [key=value ...]`.
+
+  To decode, what only training reads (data, batches) need not be there. Raises ConfigErrors.
+  """
+  found: list[Complaint] = []
+  name, history = trace(argv, environ, found.append)
+  values, failed = typed(history, found.append)
+  block = _block(values, history, found.append)
+  values["run_name"] = values["run_name"] or _generated_name(name)
+  config = Config(**_sections(values), block=block, history=history)
+  problems = [*_of_sections(config), *checks.of_run(config, purpose, environ)]
+  devices = config.run.known_devices(environ)
+  if devices is not None and purpose == "train":
+    problems += checks.on_devices(config, devices)
+  found += checks.settle(config, problems, failed)
+  if not found:
+    found += _of_block(config)
+  if found:
+    raise ConfigErrors(lines(found))
+  return config
+
+
+def trace(
+  argv: Sequence[str], environ: Mapping[str, str], complain: Complain
+) -> tuple[str | None, dict[str, tuple[Setting, ...]]]:
+  """The named file, and per key every place that sets it, in ascending precedence."""
+  name, settings = arguments.split(argv, complain)
+  history: dict[str, tuple[Setting, ...]] = {}
+  for setting in sources.gather(name, settings, environ, complain):
+    history[setting.key] = (*history.get(setting.key, ()), setting)
+  return name, history
+
+
+def typed(
+  history: Mapping[str, tuple[Setting, ...]], complain: Complain
+) -> tuple[dict[str, Any], set[str]]:
+  """Each key's value, and the keys that have a wrong one somewhere."""
+  failed, read = set(), {}
+  for key, settings in history.items():
+    read[key] = []
+    for setting in settings:
+      try:
+        read[key].append((setting, coerce(hint_of(key), setting.node)))
+      except Unfit as e:
+        failed.add(key)
+        complain(Complaint(setting.where, setting.typed, str(e)))
+  values = {key: found[-1][1] for key, found in read.items()}
+  values[RULES] = _merged_rules(read[RULES], values["override_logical_axis_rules"], complain)
+  return values, failed
+
+
+def _merged_rules(
+  read: list[tuple[Setting, dict[str, tuple[str, ...]]]], override: bool, complain: Complain
+) -> dict[str, tuple[str, ...]]:
+  """The rules merged by name; with `override`, without those of base.yml."""
+  known = read[0][1]
+  merged: dict[str, tuple[str, ...]] = {}
+  for setting, rules in read:
+    for name in rules:
+      if name not in known:
+        near = closest(name, known) or f"; there are {', '.join(known)}"
+        complain(Complaint(setting.where, setting.typed, f"{shown(name)} is no logical axis{near}"))
+    if setting.level != BASE or not override:
+      merged |= rules
+  return merged
+
+
+def _block(
+  values: dict[str, Any], history: Mapping[str, tuple[Setting, ...]], complain: Complain
+) -> BlockFile:
+  """The decoder block file; the value of `decoder_block` becomes the whole path of a file of one's own."""
+  name, setting = values["decoder_block"], history["decoder_block"][-1]
+  known = documents.names("decoder_blocks")
+  if "/" in name or name.endswith((".yml", ".yaml")):
+    path = documents.find(name, setting.folder)
+    problem = f"{shown(name)}: {documents.missing(name)}"
+  else:
+    path = documents.PACKAGED / "decoder_blocks" / f"{name}.yml" if name in known else None
+    offer = f"({', '.join(known)}, or the path of a .yml file)"
+    problem = f"{shown(name)} is no decoder block{closest(name, known)} {offer}"
+  if path is None:
+    complain(Complaint(setting.where, setting.typed, problem))
+    return BlockFile(name, Path(name), EMPTY)
+  if name not in known:
+    values["decoder_block"] = str(path.resolve())
+  place = documents.shown(path)
+
+  def say(line: int, problem: str) -> None:
+    complain(Complaint(f"{place}:{line}" if line else place, "", problem))
+
+  return BlockFile(name, path, documents.read(path, say))
+
+
+def _generated_name(file: str | None) -> str:
+  stem = re.sub(r"[^A-Za-z0-9._+=-]+", "-", Path(file).stem if file else "run").strip("-.")
+  return f"{stem[:60] or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _sections(values: Mapping[str, Any]) -> dict[str, Any]:
+  return {
+    name: section(**{key: values[key] for key in HINTS[name]}) for name, section in SECTIONS.items()
+  }
+
+
+def _of_sections(config: Config) -> Iterator[tuple[str, ...]]:
+  for name in SECTIONS:
+    section = getattr(config, name)
+    if hasattr(section, "complaints"):
+      yield from section.complaints()
+
+
+def _of_block(config: Config) -> Iterator[Complaint]:
+  """What is wrong with the decoder block file, or with the sizes it is given."""
+  block, settings = config.block, config.sources
+  _, problems = spec(block, config.architecture, config.architecture.vocab_size or 1)
+  for line, path, problem, key in problems:
+    at = f"{block.place}:{line}"
+    if key and settings[key].level != BASE:
+      yield Complaint(settings[key].where, settings[key].typed, f"{problem} ({path}, {at})")
+    else:
+      yield Complaint(at, path, problem)

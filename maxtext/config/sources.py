@@ -1,0 +1,203 @@
+"""Every place that sets a key, from the lowest precedence to the highest.
+
+base.yml < model preset < base_config chain < the run's file < environment M_<KEY> < key=value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from maxtext.config import documents
+from maxtext.config.complaints import Complain, Complaint
+from maxtext.config.documents import EMPTY, Node
+from maxtext.config.sections import SECTION_OF, SECTIONS, hint_of
+from maxtext.config.values import Unfit, brief, coerce, shown, takes_text, written
+from maxtext.errors import closest
+
+BASE, PRESET, CHAIN = 0, 1, 2  # precedence; the files of a chain count up from here
+ENVIRONMENT, COMMAND_LINE = 1000, 1001
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """One place that sets a key, spelt there as `typed`; the highest `level` counts."""
+
+  key: str
+  typed: str
+  where: str
+  level: int
+  node: Node
+  folder: Path | None = None
+
+  @property
+  def text(self) -> str:
+    """The value as it is written there."""
+    return written(self.node)
+
+
+File = tuple[Path, Node]
+
+
+def gather(
+  name: str | None, typed: Iterable[Setting], environ: Mapping[str, str], complain: Complain
+) -> list[Setting]:
+  """All settings in ascending precedence: around the file `name`, and `typed` on the command line."""
+  files = _chain(name, complain) if name else []
+  own = [s for i, file in enumerate(files) for s in _of_file(file, CHAIN + i, complain)]
+  own = _known([*own, *_of_environment(environ), *typed], complain)
+  _refuse_contradictions(own, complain)
+  return [*defaults(complain), *_of_preset(own, complain), *own]
+
+
+def defaults(complain: Complain) -> list[Setting]:
+  """What base.yml sets: every key."""
+  path = documents.PACKAGED / "base.yml"
+  return _known(_of_file((path, _read(path, complain)), BASE, complain), complain)
+
+
+def of_text(text: str) -> list[Setting]:
+  """What the text of a run's resolved configuration sets, as far as its keys still exist."""
+  root = documents.parse(text, lambda *_: None)
+  file = (Path("config.yml"), root if isinstance(root.value, dict) else EMPTY)
+  return _known(_of_file(file, CHAIN, lambda _: None), lambda _: None)
+
+
+def value_node(key: str, text: str) -> Node:
+  """A value from the command line or the environment: as typed, but lists and mappings are parsed."""
+  if key in SECTION_OF and text.startswith(("[", "{")) and not takes_text(hint_of(key)):
+    problems: list[str] = []
+    node = documents.parse(text, lambda _, problem: problems.append(problem))
+    return Node(text) if problems else node
+  return Node(text, quoted=not text)
+
+
+def _known(settings: Iterable[Setting], complain: Complain) -> list[Setting]:
+  known = []
+  for setting in settings:
+    if setting.key in SECTION_OF:
+      known.append(setting)
+    else:
+      complain(Complaint(setting.where, brief(setting.typed), _unknown(setting)))
+  return known
+
+
+def _unknown(setting: Setting) -> str:
+  key, environment = setting.key, setting.level == ENVIRONMENT
+  if key in SECTIONS:
+    first = next(k for k, section in SECTION_OF.items() if section == key)
+    return f"is a section; set its keys one by one, as {first}=VALUE"
+  if key == "base_config":
+    return "belongs in a file; name that file, without a key, as the first argument"
+  known = [f"M_{k.upper()}" for k in SECTION_OF] if environment else SECTION_OF
+  near = closest(setting.typed.upper() if environment else key.lower(), known)
+  unset = "; unset it if it is not meant for this program" if environment else ""
+  return f"no such key{near or '; `python -m maxtext.explain` lists them all' * (not unset)}{unset}"
+
+
+def _read(path: Path, complain: Complain) -> Node:
+  place = documents.shown(path)
+
+  def say(line: int, problem: str) -> None:
+    complain(Complaint(f"{place}:{line}" if line else place, "", problem))
+
+  return documents.read(path, say)
+
+
+def _chain(name: str, complain: Complain) -> list[File]:
+  """The run's file and those its `base_config` leads to, the deepest first."""
+  files: list[File] = []
+  where, key, beside = "command line", "", None
+  while name:
+    path = documents.find(name, beside)
+    if path is None:
+      complain(Complaint(where, key, f"{shown(name)}: {documents.missing(name)}"))
+      break
+    if any(path.resolve() == known.resolve() for known, _ in files):
+      circle = " -> ".join(documents.shown(p) for p in [*(p for p, _ in files), path])
+      complain(Complaint(where, key, f"{brief(circle, 160)} is a circle; remove one base_config"))
+      break
+    root = _read(path, complain)
+    files.append((path, root))
+    node = root.value.get("base_config", EMPTY)
+    where, key, beside = f"{documents.shown(path)}:{node.line}", "base_config", path.parent
+    if not isinstance(node.value, str) and node is not EMPTY:
+      complain(Complaint(where, key, f"is {node.kind}; name one file, which may name the next"))
+    name = "" if not isinstance(node.value, str) or node.null else node.value
+  return files[::-1]
+
+
+def _of_file(file: File, level: int, complain: Complain) -> list[Setting]:
+  """A file's settings, flat or grouped under the sections' names."""
+  path, root = file
+  place, first, settings = documents.shown(path), {}, []
+
+  def add(key: str, node: Node) -> None:
+    where = f"{place}:{node.line}"
+    if key in first:
+      problem = f"stands on line {first[key]} too, in and outside of its section; keep one of them"
+      complain(Complaint(where, key, problem))
+    else:
+      first[key] = node.line
+      settings.append(Setting(key, key, where, level, node, path.parent))
+
+  for name, node in root.value.items():
+    if name in SECTIONS and isinstance(node.value, dict):
+      for key, inner in node.value.items():
+        if SECTION_OF.get(key, name) != name:
+          problem = f"belongs to section {SECTION_OF[key]}, not {name}; move it there or out of all sections"
+          complain(Complaint(f"{place}:{inner.line}", key, problem))
+        else:
+          add(key, inner)
+    elif name in SECTIONS and not node.null:
+      problem = f"is a section; write its keys below it, indented, not {node.kind}"
+      complain(Complaint(f"{place}:{node.line}", name, problem))
+    elif name not in SECTIONS and name != "base_config":
+      add(name, node)
+  return settings
+
+
+def _of_environment(environ: Mapping[str, str]) -> list[Setting]:
+  settings = []
+  for name in sorted(n for n in environ if n.startswith("M_")):
+    key = name[2:].lower() if name == name.upper() else name
+    settings.append(Setting(key, name, "environment", ENVIRONMENT, value_node(key, environ[name])))
+  return settings
+
+
+def _of_preset(own: list[Setting], complain: Complain) -> list[Setting]:
+  """The settings of the model preset that is named last, which are sizes only."""
+  named = next((s for s in reversed(own) if s.key == "model_name"), None)
+  if named is None or not isinstance(named.node.value, str) or named.node.null or not named.text:
+    return []
+  name, known = named.node.value, documents.names("models")
+  if name not in known:
+    offer = brief(", ".join(known), 120)
+    problem = f"{shown(name)} is no model preset{closest(name, known)} (configs/models: {offer})"
+    complain(Complaint(named.where, named.typed, problem))
+    return []
+  path = documents.PACKAGED / "models" / f"{name}.yml"
+  return _known(_of_file((path, _read(path, complain)), PRESET, complain), complain)
+
+
+def _refuse_contradictions(own: list[Setting], complain: Complain) -> None:
+  """One key with two values on the command line, or there and in the environment."""
+  typed: dict[str, Setting] = {}
+  for setting in own:
+    if setting.level < ENVIRONMENT:
+      continue
+    other = typed.setdefault(setting.key, setting)
+    if not _same(other, setting):
+      there = "in the environment" if other.level == ENVIRONMENT else "on the same command line"
+      problem = f"{shown(setting.text)} here, but {other.typed}={brief(other.text)} {there}; remove one"
+      complain(Complaint(setting.where, setting.typed, problem))
+
+
+def _same(a: Setting, b: Setting) -> bool:
+  if a.node.value == b.node.value:
+    return True
+  try:
+    return coerce(hint_of(a.key), a.node) == coerce(hint_of(b.key), b.node)
+  except Unfit:
+    return False

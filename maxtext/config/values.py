@@ -1,0 +1,222 @@
+"""From written text to typed values, by the type hint of the setting, and back."""
+
+from __future__ import annotations
+
+import collections.abc
+import math
+import re
+import types
+import typing
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+
+from maxtext.bounds import LARGEST, Bound
+from maxtext.config.documents import Node
+from maxtext.errors import closest
+
+TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
+FLOAT32 = 3.4e38  # the largest number that survives on the device
+
+
+class Unfit(Exception):
+  """A value is not what its setting takes; the text says what it is and what would be right."""
+
+
+def coerce(hint: Any, node: Node) -> Any:
+  """The value of `node` as `hint` wants it; raises Unfit."""
+  origin, args = get_origin(hint), get_args(hint)
+  if origin is Annotated:
+    return _bounded(coerce(args[0], node), hint)
+  if origin in (typing.Union, types.UnionType):
+    return None if node.null else coerce(_required(hint), node)
+  if origin is tuple:
+    return _tuple(args[0], node)
+  if origin is collections.abc.Mapping:
+    return _mapping(args[1], node)
+  if not isinstance(node.value, str):
+    raise Unfit(f"is {node.kind}; write {words(hint)}")
+  if node.null and (hint is str or not node.value):
+    empty = "'' to leave it empty" if hint is str else words(hint)
+    raise Unfit(f"{node.value or 'nothing'} is no value for it; write {empty}")
+  return _scalar(hint, node.value, node.quoted)
+
+
+def _scalar(hint: Any, text: str, quoted: bool) -> Any:
+  if hint is str:
+    return _text(text)
+  if get_origin(hint) is Literal:
+    allowed = get_args(hint)
+    if text not in allowed:
+      raise Unfit(f"{shown(text)} is not known{closest(text, allowed)} ({_listed(allowed, 150)})")
+    return text
+  read = {int: _int, float: _float, bool: _bool}[hint]
+  if not quoted:
+    return read(text)
+  read(text.strip())  # says what is wrong with the text itself, where something is
+  raise Unfit(f"{shown(text)} is text, because of its quotes; write {text.strip()} without them")
+
+
+def _text(text: str) -> str:
+  if "\0" in text:
+    raise Unfit(f"{shown(text)} contains the character NUL; leave it out")
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    raise Unfit(f"{shown(text)} is not valid UTF-8; write it in UTF-8") from None
+  return text
+
+
+def _int(text: str) -> int:
+  if re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", text):
+    if len(text) > 30:
+      raise Unfit(f"{shown(text)} is too large; use at most {LARGEST}")
+    return int(text)
+  inner = text.strip("'\" ")
+  if re.fullmatch(r"[-+]?[0-9]+", inner):
+    raise Unfit(f"{shown(text)} is not written as a number; write {shown(str(int(inner[:30])))[1:-1]}")
+  try:
+    number = float(text)
+  except ValueError:
+    raise Unfit(f"{shown(text)} is not a whole number; write digits, as 10") from None
+  if abs(number) <= LARGEST and number == int(number):
+    raise Unfit(f"{shown(text)} is not written as a whole number; write {int(number)}")
+  raise Unfit(f"{shown(text)} is not a whole number; write digits, as 10")
+
+
+def _float(text: str) -> float:
+  try:
+    number = float(text)
+  except ValueError:
+    near = text.strip("'\" %").replace(",", ".")
+    hint = f"write {near}" if near != text and _is_number(near) else "write digits, as 0.1 or 1e-4"
+    raise Unfit(f"{shown(text)} is not a number; {hint}") from None
+  if text != text.strip() or not text.isascii():
+    raise Unfit(f"{shown(text)} is not written as a number; write {number:g}")
+  if not math.isfinite(number) or abs(number) > FLOAT32:
+    raise Unfit(f"{shown(text)} is not a finite number in float32; write one below 3e38")
+  return number
+
+
+def _is_number(text: str) -> bool:
+  return re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", text, re.IGNORECASE) is not None
+
+
+def _bool(text: str) -> bool:
+  if text.lower() not in (*TRUE, *FALSE):
+    raise Unfit(f"{shown(text)} is neither true nor false; write one of these")
+  return text.lower() in TRUE
+
+
+def _tuple(hint: Any, node: Node) -> tuple[Any, ...]:
+  if isinstance(node.value, dict):
+    raise Unfit("is a mapping; write a list, as [a, b]")
+  if isinstance(node.value, str):  # one entry needs no brackets
+    if node.null or not node.value:
+      raise Unfit("nothing is no list; write [] for an empty one")
+    if "," in node.value and not node.quoted:
+      raise Unfit(f"{shown(node.value)} is not a list; write [{brief(node.value, 60)}]")
+    return (coerce(hint, node),)
+  return tuple(coerce(hint, item) for item in node.value)
+
+
+def _mapping(hint: Any, node: Node) -> dict[str, Any]:
+  """A mapping, also written as a list of pairs [[name, value], ...]; an empty value is an empty list."""
+  if isinstance(node.value, list):
+    pairs = [item.value for item in node.value]
+    if any(not isinstance(p, list) or len(p) != 2 or not isinstance(p[0].value, str) for p in pairs):
+      raise Unfit("is a list; write a mapping, as {embed: [fsdp]}, or pairs, as [[embed, [fsdp]]]")
+    found = [p[0].value for p in pairs]
+    if repeated := [name for name in found if found.count(name) > 1]:
+      raise Unfit(f"{shown(repeated[0])} stands twice; write one entry with all of its axes")
+    entries = {p[0].value: p[1] for p in pairs}
+  elif isinstance(node.value, dict):
+    entries = node.value
+  else:
+    raise Unfit(f"{shown(node.value)} is not a mapping; write one, as {{embed: [fsdp]}}")
+  values = {}
+  for name, item in entries.items():
+    try:
+      values[name] = () if item.null or item.value == "" else coerce(hint, item)
+    except Unfit as e:
+      raise Unfit(f"{brief(name, 40)}: {e}") from None
+  return values
+
+
+def _bounded(value: Any, hint: Any) -> Any:
+  for bound in get_args(hint)[1:]:
+    if isinstance(bound, Bound) and not bound.admits(value):
+      limit = bound.words if value < bound.low else f"at most {bound.high:g}"
+      limit = f"at most {LARGEST}" if value > bound.high == LARGEST else limit
+      raise Unfit(f"{shown(str(value))[1:-1]} is out of range; use {limit}")
+  return value
+
+
+def _required(hint: Any) -> Any:
+  return next(arg for arg in get_args(hint) if arg is not type(None))
+
+
+def words(hint: Any) -> str:
+  """A type in words: `a whole number, at least 1, or null`."""
+  origin, args = get_origin(hint), get_args(hint)
+  if origin is Annotated:
+    limits = [bound.words for bound in args[1:] if isinstance(bound, Bound) and bound.words]
+    return ", ".join([words(args[0]), *limits])
+  if origin in (typing.Union, types.UnionType):
+    return f"{words(_required(hint))}, or null"
+  if origin is tuple:
+    return f"a list of {words(args[0]).removeprefix('a ').replace('text', 'texts')}, as [a, b]"
+  if origin is collections.abc.Mapping:
+    return "a mapping of names to lists"
+  if origin is Literal:
+    return f"one of {_listed(args)}"
+  return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
+
+
+def render(value: Any) -> str:
+  """A value as one line of YAML that `coerce` reads back."""
+  if value is None:
+    return "null"
+  if isinstance(value, bool):
+    return str(value).lower()
+  if isinstance(value, float):
+    text = repr(value)  # YAML 1.1 readers need the point in 1.0e-05
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text
+  if isinstance(value, tuple):
+    return f"[{', '.join(map(render, value))}]"
+  if isinstance(value, dict):
+    return f"{{{', '.join(f'{render(k)}: {render(v)}' for k, v in value.items())}}}"
+  if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_./~][\w./~+-]*", value, re.ASCII):
+    return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=2**30).rstrip("\n")
+  text = str(value)
+  plain = {"null", "~", *TRUE, *FALSE, "y", "n"}
+  return f"'{text}'" if isinstance(value, str) and text.lower() in plain or text == "." else text
+
+
+def written(node: Node) -> str:
+  """A node as one line, as it was typed."""
+  if isinstance(node.value, str):
+    return node.value
+  if isinstance(node.value, list):
+    return f"[{', '.join(map(written, node.value))}]"
+  return f"{{{', '.join(f'{name}: {written(item)}' for name, item in node.value.items())}}}"
+
+
+def shown(text: str) -> str:
+  """A value as a message quotes it: one line, of bounded length."""
+  return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def brief(text: str, most: int = 60) -> str:
+  """A name as a message shows it: one line, of bounded length."""
+  text = text if text.isprintable() else repr(text)[1:-1]
+  return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def takes_text(hint: Any) -> bool:
+  """Whether a key takes any text as it stands, with brackets and all."""
+  return hint is str
+
+
+def _listed(names: typing.Iterable[str], most: int = 10_000) -> str:
+  return brief(", ".join(map(str, names)), most)

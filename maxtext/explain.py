@@ -1,0 +1,70 @@
+"""python -m maxtext.explain KEY [config.yml] [key=value ...]: what a key means and every place that sets it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+
+from maxtext.config import documents, loading
+from maxtext.config.complaints import Complaint, lines
+from maxtext.config.sections import HINTS, SECTION_OF, hint_of
+from maxtext.config.values import brief, render, words
+from maxtext.errors import closest
+
+
+def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
+  """Print one key; without a key, all of them with their meanings. Exit code 2 for a key there is not."""
+  words_given = list(sys.argv[1:] if argv is None else argv)
+  if not words_given or words_given[0] in ("-h", "--help"):
+    print(__doc__, overview(), sep="\n\n")
+    return 0
+  key, *rest = words_given
+  if key not in SECTION_OF:
+    offer = closest(key, SECTION_OF) or "; `python -m maxtext.explain` lists all keys"
+    print(f"command line  {brief(key)}: no such key{offer}", file=sys.stderr)
+    return 2
+  found: list[Complaint] = []
+  print("\n".join(explain(key, rest, environ, found)))
+  print("\n".join(lines(found)), end="\n" * bool(found), file=sys.stderr)
+  return 2 if found else 0
+
+
+def explain(
+  key: str, argv: Sequence[str], environ: Mapping[str, str], found: list[Complaint]
+) -> list[str]:
+  """A key's meaning, type, value, and the places that set it, the one that counts first."""
+  _, history = loading.trace(argv, environ, found.append)
+  values, _ = loading.typed(history, found.append)
+  places = [(s.where, f"{s.typed}: {s.text}") for s in reversed(history[key])]
+  width = max(len(where) for where, _ in places)
+  return [
+    f"{key} ({SECTION_OF[key]})",
+    f"  meaning  {meanings()[key]}",
+    f"  type     {words(hint_of(key))}",
+    f"  value    {render(values[key])}",
+    *(
+      f"  {'set by' if i == 0 else 'over':<7}  {where:<{width}}  {text}"
+      for i, (where, text) in enumerate(places)
+    ),
+  ]
+
+
+def overview() -> str:
+  """All keys by section, each with its meaning."""
+  known, width = meanings(), max(map(len, SECTION_OF))
+  return "\n".join(
+    f"{section}\n" + "\n".join(f"  {key:<{width}}  {known[key]}" for key in hints)
+    for section, hints in HINTS.items()
+  )
+
+
+def meanings() -> dict[str, str]:
+  """The comment that follows each key in base.yml."""
+  text = (documents.PACKAGED / "base.yml").read_text(encoding="utf-8")
+  return dict(re.findall(r"^ +(\w+):.*?\s# (.+)$", text, re.MULTILINE))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
