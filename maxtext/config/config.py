@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from maxtext.config.decoder import BlockFile, spec
@@ -15,6 +15,7 @@ from maxtext.errors import ConfigError
 from maxtext.specs import DecoderSpec
 
 RULES = "logical_axis_rules"
+SHAPING = ("architecture", "precision", "memory", "kernel", "training", "optimizer", "data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +48,26 @@ class Config(Sections):
     first = self.history[key][0]
     return self.sources[key].level != BASE and self.values[key] != coerce(hint_of(key), first.node)
 
-  @property
-  def notes(self) -> tuple[str, ...]:
-    """A line for each value of the model preset that something written for this run replaced."""
-    found = []
-    for key, settings in self.history.items():
-      preset = next((s for s in settings if s.level == PRESET), None)
-      if preset is not None and coerce(hint_of(key), preset.node) != self.values[key]:
-        new, last = render(self.values[key]), settings[-1]
-        found.append(f"{key}: {new} ({last.where}) instead of {preset.text} ({preset.where})")
-    return tuple(found)
+  def section_of(self, key: str) -> str:
+    """The section that a key belongs to."""
+    return SECTION_OF[key]
+
+  def report(self) -> Iterator[str]:
+    """Lines for the start of a run: replaced values of its preset, and with `log_config` all that was set."""
+    for key in self.preset_keys:
+      given = next(s for s in self.history[key] if s.level == PRESET)
+      if coerce(hint_of(key), given.node) != self.values[key]:
+        new = f"{render(self.values[key])} ({self.sources[key].where})"
+        yield f"config: {key}={new} instead of {given.text} ({given.where})"
+    if self.run.log_config:
+      for key in filter(self.differs, self.values):
+        yield f"config: {key}={render(self.values[key])} ({self.sources[key].where})"
+
+  def hparams(self) -> dict[str, bool | int | float | str]:
+    """What shapes the result, as single values by key."""
+    single = (bool, int, float, str)
+    keys = [key for section in SHAPING for key in HINTS[section]]
+    return {k: v if isinstance(v := self.values[k], single) else render(v) for k in keys}
 
   def decoder(self, vocabulary: int | None = None) -> DecoderSpec:
     """The model; `vocabulary` counts where `vocab_size` is open."""
@@ -76,21 +87,18 @@ class Config(Sections):
       text += [f"{section}:", *(f"  {key}: {render(self.values[key])}" for key in hints)]
     return "\n".join(text) + "\n"
 
-  def changes(self, resolved: str) -> list[tuple[str, str, str]]:
+  def changes(self, resolved: str) -> list[tuple[str, Any, Any]]:
     """(key, old, new) for each key that an earlier run's resolved configuration had otherwise.
 
-    A key that is newer than that run had its default there.
+    A key that is newer than that run had its default there; a value that can no longer be read is its text.
     """
     old = {s.key: s for s in [*defaults(lambda _: None), *of_text(resolved)]}
-    return [
-      (key, before, render(value))
-      for key, value in self.values.items()
-      if (before := _rendered(key, old[key])) != render(value)
-    ]
+    before = {key: _value(setting) for key, setting in old.items()}
+    return [(k, before[k], new) for k, new in self.values.items() if before[k] != new]
 
 
-def _rendered(key: str, setting: Setting) -> str:
+def _value(setting: Setting) -> Any:
   try:
-    return render(coerce(hint_of(key), setting.node))
+    return coerce(hint_of(setting.key), setting.node)
   except Unfit:
     return setting.text
