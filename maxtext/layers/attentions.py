@@ -22,6 +22,9 @@ C = TypeVar("C", bound="Cache")
 class Cache(Protocol):
   """What a layer needs of a cache: keep new keys and values, answer with all that are held."""
 
+  def at(self: C, layer: jax.Array | None) -> C:
+    """The same cache, open at one of the layers it holds; None: closed."""
+
   def append(
     self: C, k: jax.Array, v: jax.Array, mask: Mask
   ) -> tuple[C, jax.Array, jax.Array, Mask]:

@@ -49,29 +49,31 @@ class Stack(nnx.Module):
   def __call__(
     self, x: jax.Array, mask: Mask, caches: Any = None, key: jax.Array | None = None
   ) -> tuple[jax.Array, Any]:
-    """x [b t d] -> [b t d]; `caches` is a tuple with one stacked cache per block of the stage, or None."""
+    """x [b t d] -> [b t d]; `caches` is a tuple with one cache per block, of all its layers, or None.
+
+    Caches are carried from layer to layer, not cut and stacked again, so that they are written in place.
+    """
     graph, weights = nnx.split(self.blocks)
     weights = jax.tree.map(_one_layer, weights, is_leaf=lambda v: isinstance(v, nnx.Variable))
     keys = None if key is None else jax.random.split(key, self.repeat)
+    layers = None if caches is None else jax.numpy.arange(self.repeat)
 
-    def body(x: jax.Array, part: Any) -> tuple[jax.Array, Any]:
-      weights, caches, key = part
-      out = []
+    def body(carry: tuple[jax.Array, Any], part: Any) -> tuple[tuple[jax.Array, Any], None]:
+      (x, caches), (weights, layer, key) = carry, part
       for i, block in enumerate(nnx.merge(graph, weights)):
-        cache = None if caches is None else caches[i]
+        cache = None if caches is None else caches[i].at(layer)
         x, cache = block(x, mask, cache, None if key is None else jax.random.fold_in(key, i))
-        out.append(cache)
-      return x, None if caches is None else tuple(out)
+        if caches is not None:
+          caches = (*caches[:i], cache.at(None), *caches[i + 1 :])
+      return (x, caches), None
 
     body = _remat(body, self.memory)
-    parts = (weights, caches, keys)
+    carry, parts = (x, caches), (weights, layers, keys)
     if self.memory.scan_layers:
-      return lax.scan(body, x, parts)
-    out = []
+      return lax.scan(body, carry, parts)[0]
     for part in _unstack(parts, self.repeat):
-      x, layer_caches = body(x, part)
-      out.append(layer_caches)
-    return x, None if caches is None else jax.tree.map(lambda *c: jax.numpy.stack(c), *out)
+      carry, _ = body(carry, part)
+    return carry
 
 
 def _one_layer(p: nnx.Param) -> nnx.Param:
