@@ -13,7 +13,7 @@ from maxtext.log import log
 _SECTIONS = ("architecture", "precision", "data", "optimizer")
 _KEYS = ("init_weights_seed", "max_target_length", "z_loss_multiplier", "enable_dropout", "steps")
 # Keys of those sections that say how or where, not what.
-_HOW = ("grain_worker_count", "tokenizer_cache_dir")
+_HOW = ("tokenizer_cache_dir",)
 
 
 def facts(config: Config, devices: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from maxtext.bounds import Bound, Count, CountOrOff, Whole
+from maxtext.bounds import Bound, CountOrOff, Whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Data:
   data_shuffle_seed: Whole
   num_epoch: CountOrOff
   eval_fraction: Annotated[float, Bound(0, 0.5)]
-  grain_worker_count: Annotated[int, Bound(0, 256)]
 
   def complaints(self) -> Iterator[tuple[str, ...]]:
     if self.tokenizer_path and self.tokenizer_type == "byte":
@@ -41,4 +40,21 @@ class Data:
         "dataset_path",
         "synthetic data reads no files; set dataset_type=text, or leave dataset_path empty",
         "dataset_type",
+      )
+    if self.num_epoch != -1 and self.dataset_type == "synthetic":
+      yield (
+        "num_epoch",
+        "synthetic data has no end; set dataset_type=text, or num_epoch=-1 and the steps you want",
+        "dataset_type",
+      )
+    if (
+      self.max_segments_per_seq != -1
+      and self.packing
+      and self.grain_packing_type == "concat_then_split"
+    ):
+      yield (
+        "max_segments_per_seq",
+        "concat_then_split fills rows whatever the number of documents; "
+        "set grain_packing_type=first_fit or best_fit, or max_segments_per_seq=-1",
+        "grain_packing_type",
       )

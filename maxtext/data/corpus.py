@@ -1,0 +1,182 @@
+"""Documents and tokenizer -> token arrays, and the fingerprint that a resumed run knows them by."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from maxtext.data import bpe, documents, plays
+from maxtext.data.cache import Cache
+from maxtext.data.documents import Document
+from maxtext.data.sections import Data
+from maxtext.data.synthetic import Noise
+from maxtext.data.tokenizers import BYTES, ByteTokenizer, Tokenizer
+from maxtext.errors import DataError
+
+FORMAT = 1  # part of every key: raise it when the same settings begin to give other tokens
+HELD_OUT_ROWS = 64  # of synthetic data
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokens:
+  """Documents one after the other: i is `ids[starts[i] : starts[i + 1]]`, two tokens or more."""
+
+  ids: np.ndarray  # [n] int32
+  starts: np.ndarray  # [d + 1] int64
+
+  def __len__(self) -> int:
+    return len(self.starts) - 1
+
+  @property
+  def targets(self) -> np.ndarray:
+    """All tokens that a model has to predict: all but the first of each document."""
+    return np.delete(self.ids, self.starts[:-1])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+  """What a run reads: `train` and `eval` have no document in common."""
+
+  tokenizer: Tokenizer
+  train: Tokens | Noise
+  eval: Tokens | Noise | None  # None: nothing is held out
+  fingerprint: str  # sha256; equal fingerprints give equal tokens
+
+  @property
+  def vocab_size(self) -> int:
+    return self.tokenizer.vocab_size
+
+  def unigram_entropy(self) -> float:
+    """Nats per target: the evaluation loss of a model that knows only how often each token occurs.
+
+    It has counted the targets of the training documents, and adds one to each count. A model that
+    has learned more has a lower loss. Raises DataError if nothing is held out.
+    """
+    if isinstance(self.train, Noise):
+      return math.log(self.train.vocab_size)
+    held = held_out(self)
+    assert isinstance(held, Tokens)
+    counts = np.bincount(self.train.targets, minlength=self.vocab_size) + 1.0
+    share = np.bincount(held.targets, minlength=self.vocab_size) / held.targets.size
+    return float(share @ (math.log(counts.sum()) - np.log(counts)))
+
+  def __str__(self) -> str:
+    if isinstance(self.train, Noise):
+      return f"corpus: random tokens below {self.vocab_size}"
+    parts = [f"{len(self.train)} documents ({self.train.ids.size} tokens) to train on"]
+    if isinstance(self.eval, Tokens):
+      parts.append(f"{len(self.eval)} ({self.eval.ids.size}) held out")
+    return f"corpus: {', '.join(parts)}"
+
+
+def held_out(corpus: Corpus) -> Tokens | Noise:
+  """The held-out documents. Raises DataError if there are none."""
+  if corpus.eval is None:
+    raise DataError("eval_fraction=0: no document is held out to evaluate; set it above 0")
+  return corpus.eval
+
+
+def vocabulary(data: Data) -> int:
+  """The tokenizer's vocab_size, known before the corpus is read. Raises DataError."""
+  if data.tokenizer_type == "byte":
+    return BYTES
+  if data.tokenizer_path:
+    return bpe.load(data.tokenizer_path).vocab_size
+  return data.tokenizer_vocab_size
+
+
+def open_corpus(data: Data) -> Corpus:
+  """Read, split and tokenise what the section names; what takes long is kept for the next run.
+
+  Raises DataError, naming file and line, for what cannot be read.
+  """
+  if data.dataset_type == "synthetic":
+    return _random(data)
+  whole = documents.read(data.dataset_path, data.text_column) if data.dataset_path else plays.read()
+  train, held = documents.hold_out(whole, data.eval_fraction)
+  digests = documents.digest(train), documents.digest(held)
+  cache = Cache(data.tokenizer_cache_dir)
+  tokenizer = _tokenizer(data, [document.text for document in train], cache, digests[0])
+  key = _sha256([FORMAT, *digests, tokenizer.digest, data.add_bos, data.add_eos])
+  kept = cache.find("tokens", key, ".npy") if data.tokenizer_type == "bpe" else None
+  if kept:
+    parts = _unpacked(np.load(kept, mmap_mode="r"))
+  else:
+    parts = [_tokens(part, tokenizer, data) for part in (train, held)]
+    if data.tokenizer_type == "bpe":
+      cache.keep("tokens", key, ".npy", _packed(parts))
+  return Corpus(tokenizer, parts[0], parts[1] if held else None, key)
+
+
+def _random(data: Data) -> Corpus:
+  size = vocabulary(data)
+  tokenizer = bpe.load(data.tokenizer_path) if data.tokenizer_path else ByteTokenizer(size)
+  train = Noise(size, 1 + data.data_shuffle_seed)
+  held = Noise(size, 0, HELD_OUT_ROWS)
+  return Corpus(tokenizer, train, held, _sha256([FORMAT, "synthetic", size]))
+
+
+def _tokenizer(data: Data, texts: Sequence[str], cache: Cache, digest: str) -> Tokenizer:
+  if data.tokenizer_type == "byte":
+    return ByteTokenizer()
+  if not data.tokenizer_path:
+    return bpe.train(texts, data.tokenizer_vocab_size, cache, digest)
+  tokenizer = bpe.load(data.tokenizer_path)
+  for role in ("bos", "eos"):
+    if getattr(data, f"add_{role}") and getattr(tokenizer, role) is None:
+      raise DataError(
+        f"add_{role}=true: {data.tokenizer_path} has no token called {', '.join(bpe.NAMES[role])}; "
+        f"set add_{role}=false, or name its {role}_token in a tokenizer_config.json beside it"
+      )
+  return tokenizer
+
+
+def _tokens(part: Sequence[Document], tokenizer: Tokenizer, data: Data) -> Tokens:
+  """Encode the documents, each between bos and eos as the section says."""
+  ids, lengths = tokenizer.encode_all([document.text for document in part])
+  more = data.add_bos + data.add_eos
+  starts = np.concatenate([[0], np.cumsum(lengths + more)])
+  short = np.flatnonzero(lengths + more < 2)
+  if short.size:
+    raise DataError(
+      f"{part[short[0]].name}: the document is a single token, which leaves nothing to predict; "
+      "set add_bos=true or add_eos=true, or leave it out"
+    )
+  whole = np.empty(starts[-1], np.int32)
+  whole[np.arange(ids.size) + np.repeat(np.arange(len(part)) * more + data.add_bos, lengths)] = ids
+  if data.add_bos:
+    whole[starts[:-1]] = tokenizer.bos
+  if data.add_eos:
+    whole[starts[1:] - 1] = tokenizer.eos
+  return Tokens(whole, starts)
+
+
+def _packed(parts: Sequence[Tokens]) -> bytes:
+  """One int32 array in .npy form: how many documents each part has, their lengths, their ids."""
+  counts = [len(part) for part in parts]
+  lengths = [np.diff(part.starts) for part in parts]
+  file = io.BytesIO()
+  np.save(file, np.concatenate([counts, *lengths, *(part.ids for part in parts)]).astype(np.int32))
+  return file.getvalue()
+
+
+def _unpacked(array: np.ndarray) -> list[Tokens]:
+  first, second = int(array[0]), int(array[1])
+  lengths = array[2 : 2 + first + second].astype(np.int64)
+  starts = np.concatenate([[0], np.cumsum(lengths)])
+  ids = array[2 + first + second :]
+  middle = starts[first]
+  return [
+    Tokens(ids[:middle], starts[: first + 1]),
+    Tokens(ids[middle:], starts[first:] - middle),
+  ]
+
+
+def _sha256(content: list) -> str:
+  return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,205 @@
+"""Documents -> rows of `length` tokens, through Grain.
+
+A document of n tokens is n - 1 pairs (input, target), the target being the token after the input:
+no row has to look beyond its end, and no target belongs to another document. A row holds pairs:
+
+    inputs     <bos> T   o   <bos> I   f   -      segments   1 1 1 2 2 2 0
+    targets    T     o  <eos> I    f <eos> -      positions  0 1 2 0 1 2 0
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import grain
+import numpy as np
+from grain import experimental
+
+from maxtext.data.batches import COLUMNS, Row, Stream
+from maxtext.data.corpus import Tokens
+from maxtext.data.sections import Data
+from maxtext.data.synthetic import Noise
+
+# Rows that first_fit and best_fit fill at a time. Not the batch: rows must not depend on its size.
+BINS = 64
+
+
+def training_rows(source: Tokens | Noise, data: Data, length: int) -> Stream:
+  """Rows for `num_epoch` passes, each pass in another order when shuffling is on."""
+  if isinstance(source, Noise):
+    return Indexed(grain.MapDataset.source(NoiseRows(source, length)))
+  seed = _seed(data.data_shuffle_seed) if data.enable_data_shuffling else None
+  return _rows(source, data, length, seed, None if data.num_epoch == -1 else data.num_epoch)
+
+
+def evaluation_rows(source: Tokens | Noise, data: Data, length: int) -> Stream:
+  """One pass, always in the same order: shuffled, so that its first rows stand for all."""
+  if isinstance(source, Noise):
+    return Indexed(grain.MapDataset.source(NoiseRows(source, length)))
+  return _rows(source, data, length, _seed(0), 1)
+
+
+def _rows(source: Tokens, data: Data, length: int, seed: int | None, epochs: int | None) -> Stream:
+  whole = data.packing and data.grain_packing_type == "concat_then_split"
+  rows = grain.MapDataset.source(SplitRows(source, length) if whole else Pieces(source, length))
+  if seed is not None:
+    rows = rows.shuffle(seed=seed)
+  rows = rows.repeat(epochs)
+  if whole:
+    return Indexed(rows)
+  if not data.packing:
+    return Indexed(rows.map(lambda piece: _padded(piece["pairs"], length)))
+  pack = {
+    "first_fit": experimental.FirstFitPackIterDataset,
+    "best_fit": experimental.BestFitPackIterDataset,
+  }[data.grain_packing_type]
+  unthreaded = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # the tokens are in memory
+  packed = pack(
+    rows.to_iter_dataset(unthreaded),
+    length_struct={"pairs": length},
+    num_packing_bins=BINS,
+    seed=seed or 0,
+    shuffle_bins=seed is not None,
+    max_sequences_per_bin=None if data.max_segments_per_seq == -1 else data.max_segments_per_seq,
+  )
+  return Packed(packed)
+
+
+def _seed(seed: int) -> int:
+  """The 32 bits that Grain takes; seeds that are neighbours share no epoch."""
+  return int.from_bytes(hashlib.sha256(f"shuffle {seed}".encode()).digest()[:4], "little")
+
+
+class Pieces:
+  """Grain source: documents cut into pieces of at most `length` pairs, {"pairs": [n 2]}."""
+
+  def __init__(self, tokens: Tokens, length: int):
+    pairs = np.diff(tokens.starts) - 1
+    self._tokens, self._length = tokens, length
+    self._firsts = np.cumsum(np.r_[0, -(-pairs // length)])  # of each document: its first piece
+
+  def __len__(self) -> int:
+    return int(self._firsts[-1])
+
+  def __getitem__(self, index: int) -> Row:
+    document = np.searchsorted(self._firsts, index, side="right") - 1
+    start = self._tokens.starts[document] + (index - self._firsts[document]) * self._length
+    stop = min(start + self._length, self._tokens.starts[document + 1] - 1)
+    ids = self._tokens.ids
+    return {"pairs": np.stack([ids[start:stop], ids[start + 1 : stop + 1]], axis=1)}
+
+
+class SplitRows:
+  """Grain source: all documents one after the other, cut every `length` pairs; the last is short.
+
+  `grain.experimental.ConcatThenSplitIterDataset` cuts the same rows, but as it goes, so that only
+  documents can be shuffled, and a batch holds neighbouring rows of one document. With every row at
+  hand the rows are shuffled, and a resumed run reads none of those before its own.
+  """
+
+  def __init__(self, tokens: Tokens, length: int):
+    self._tokens, self._length = tokens, length
+    self._firsts = tokens.starts - np.arange(len(tokens.starts))  # of each document: its first pair
+
+  def __len__(self) -> int:
+    return -(-int(self._firsts[-1]) // self._length)
+
+  def __getitem__(self, index: int) -> Row:
+    low = index * self._length
+    high = min(low + self._length, int(self._firsts[-1]))
+    first = int(np.searchsorted(self._firsts, low, side="right")) - 1
+    last = int(np.searchsorted(self._firsts, high, side="left"))
+    edges = np.clip(self._firsts[first : last + 1], low, high)
+    sizes = np.diff(edges)
+    row = _empty(self._length)
+    size = high - low
+    row["segments"][:size] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
+    row["positions"][:size] = np.arange(low, high) - np.repeat(edges[:-1], sizes)
+    place = np.arange(low, high) + (first - 1) + row["segments"][:size]
+    row["inputs"][:size] = self._tokens.ids[place]
+    row["targets"][:size] = self._tokens.ids[place + 1]
+    return row
+
+
+class NoiseRows:
+  """Grain source: every row a document that goes on beyond it."""
+
+  def __init__(self, noise: Noise, length: int):
+    self._noise, self._length = noise, length
+
+  def __len__(self) -> int:
+    return self._noise.rows
+
+  def __getitem__(self, index: int) -> Row:
+    ids = self._noise.row(index, self._length + 1)
+    return _padded(np.stack([ids[:-1], ids[1:]], axis=1), self._length)
+
+
+class Indexed:
+  """Rows of which any can be had at once: the state is a number, and a host makes only its own."""
+
+  def __init__(self, rows: grain.MapDataset):
+    self._rows, self._next = rows, 0
+
+  def take(self, count: int, kept: slice) -> list[Row]:
+    start, end = self._next, len(self._rows)
+    if start >= end:
+      raise StopIteration
+    self._next = min(start + count, end)
+    return [self._rows[index] for index in range(start + kept.start, min(start + kept.stop, end))]
+
+  def get_state(self) -> dict[str, Any]:
+    return {"row": self._next}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    if state["row"] > len(self._rows):
+      raise IndexError(state["row"])
+    self._next = state["row"]
+
+
+class Packed:
+  """Rows that a packer makes one after the other: every host makes all, and keeps its own."""
+
+  def __init__(self, rows: grain.IterDataset):
+    self._rows = iter(rows)
+
+  def take(self, count: int, kept: slice) -> list[Row]:
+    rows = []
+    for index in range(count):
+      try:
+        packed = next(self._rows)
+      except StopIteration:
+        if index == 0:
+          raise
+        break
+      if kept.start <= index < kept.stop:
+        rows.append(packed)
+    return [
+      {
+        "inputs": packed["pairs"][:, 0],
+        "targets": packed["pairs"][:, 1],
+        "segments": packed["pairs_segment_ids"],
+        "positions": packed["pairs_positions"],
+      }
+      for packed in rows
+    ]
+
+  def get_state(self) -> dict[str, Any]:
+    return self._rows.get_state()
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    self._rows.set_state(state)
+
+
+def _empty(length: int) -> Row:
+  return {name: np.zeros(length, np.int32) for name in COLUMNS}
+
+
+def _padded(pairs: np.ndarray, length: int) -> Row:
+  """One piece [n 2] -> a row of its own."""
+  row, size = _empty(length), len(pairs)
+  row["inputs"][:size], row["targets"][:size] = pairs.T
+  row["segments"][:size] = 1
+  row["positions"][:size] = np.arange(size)
+  return row
