@@ -177,6 +177,7 @@ metrics = start(Path(sys.argv[1]))
 write(metrics, range(6))
 metrics.flush()  # as before a checkpoint
 write(metrics, range(6, 9))
+metrics.flush()
 os.write(metrics._file._fd, b'{{"step": 9, "run_na')
 os.kill(os.getpid(), signal.SIGKILL)
 """
