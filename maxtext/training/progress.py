@@ -37,7 +37,7 @@ class Progress:
     self._finished: collections.deque[float] = collections.deque(maxlen=WINDOW + 1)
     self._rates: collections.deque[float] = collections.deque(maxlen=WINDOW)
     self._numbers: dict[str, str] = {}
-    self._doing, self._ended = "compiling", False
+    self._doing, self._ended = "first step", False
     self._stack = contextlib.ExitStack()
 
   def __enter__(self) -> Self:

@@ -155,9 +155,9 @@ def test_mfu_is_shown_only_where_it_is_known(clock):
 
 def test_the_time_left_is_known_after_two_steps_and_runs_on_between_them(clock):
   progress = Progress(observe(), 12, first_step=2)
-  clock[0] += 60  # compiling is not part of the pace
+  clock[0] += 60  # what the first step takes is not part of the pace
   assert progress.seconds_left() is None
-  assert "compiling" in drawn(progress, 80) and "0:01:00" in drawn(progress, 80)
+  assert "first step" in drawn(progress, 80) and "0:01:00" in drawn(progress, 80)
   progress.step(2, scalars(2))
   assert progress.seconds_left() is None
   clock[0] += 10
