@@ -1,0 +1,68 @@
+"""SIGTERM saves and ends with 0, and the same command goes on; a second one ends at once."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+from end_to_end.runs import Run, check, report
+
+NEVER = ("checkpoint_period=1000000", "steps=1000000")
+
+
+def stopped_run_goes_on(parent: Path) -> None:
+  run = Run(parent, "stopped", NEVER)
+  process = run.start()
+  process.reach(5)
+  process.send(signal.SIGTERM)
+  output, last = process.ends(0), process.step()
+  check("resume" in output.splitlines()[-1], f"no word of how to go on:\n{process.tail()}")
+  check(run.checkpoints() == {str(last + 1)}, f"after step {last}: saved {run.checkpoints()}")
+  again = run.start()
+  again.reach(0)
+  first = next(line for line in again.lines if line.startswith("completed step: "))
+  again.send(signal.SIGTERM)
+  again.ends(0)
+  check(first.startswith(f"completed step: {last + 1},"), f"stopped after {last}, then: {first}")
+  print(f"  SIGTERM: saved after step {last}, went on with {last + 1}")
+
+
+def stopped_while_it_starts(parent: Path) -> None:
+  """Whenever it comes, the run ends well, or dies of the signal before it has anything to save."""
+  for seconds in (0.3, 1.0, 2.0, 4.0, 6.0):
+    process = Run(parent, "early", NEVER).start()
+    time.sleep(seconds)
+    process.send(signal.SIGTERM)
+    code = process.wait()
+    check(code in (0, -signal.SIGTERM), f"SIGTERM {seconds} s in: {code}\n{process.tail()}")
+    check("Traceback" not in process.output, f"SIGTERM {seconds} s in:\n{process.output}")
+    print(f"  SIGTERM {seconds} s after the start: exit code {code}")
+
+
+def second_signal_ends_at_once(parent: Path) -> None:
+  run = Run(parent, "twice", NEVER)
+  process = run.start()
+  process.reach(5)
+  process.send(signal.SIGTERM)
+  process.until(lambda: any("SIGTERM" in line for line in process.lines))
+  start = time.monotonic()
+  process.send(signal.SIGTERM)
+  code = process.wait()
+  seconds = time.monotonic() - start
+  check(seconds < 1.0, f"the second SIGTERM took {seconds:.1f} s")
+  check(code in (0, -signal.SIGTERM), f"the second SIGTERM: exit code {code}\n{process.tail()}")
+  run.start("steps=20", "resume_changes=[steps]").ends(0)
+  print(f"  second SIGTERM: gone in {seconds:.2f} s with {code}, and the run can still be finished")
+
+
+def main() -> None:
+  with tempfile.TemporaryDirectory() as parent:
+    stopped_run_goes_on(Path(parent))
+    stopped_while_it_starts(Path(parent))
+    second_signal_ends_at_once(Path(parent))
+
+
+if __name__ == "__main__":
+  report(main)
