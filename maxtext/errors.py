@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -59,3 +63,22 @@ def closest(name: str, known: Iterable[str]) -> str:
   """`, did you mean 'x'?` when one of `known` is like `name`, else the empty string."""
   match = difflib.get_close_matches(name, [str(k) for k in known], n=1)
   return f", did you mean '{match[0]}'?" if match else ""
+
+
+def run_cli(main: Callable[[list[str]], int]) -> NoReturn:
+  """Run an entry point and exit with its code or its error's; `debug=true` adds the traceback."""
+  argv = sys.argv[1:]
+  try:
+    code = main(argv)
+    sys.stdout.flush()
+  except UserError as error:
+    if "debug=true" in argv:
+      traceback.print_exc()
+    print(error, file=sys.stderr)
+    code = error.exit_code
+  except KeyboardInterrupt:
+    code = 130
+  except BrokenPipeError:  # the reader went away (`| head`): nothing is wrong, and nobody listens
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    code = 141
+  sys.exit(code)
