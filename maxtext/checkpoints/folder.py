@@ -1,0 +1,216 @@
+"""The folder `<run>/checkpoints/`: which steps are whole, where new ones appear and old ones go.
+
+Nothing here imports jax or Orbax. A step `40` is prepared as `40.saving`, appears by a rename and
+leaves as `40.deleting`; both names are ours alone, and what a killed process left there is litter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from maxtext.checkpoints import manifest as manifests
+from maxtext.checkpoints.manifest import Damage, Fingerprint, Manifest
+from maxtext.errors import CheckpointError
+from maxtext.log import log
+
+STATE = "state"  # the part of a step folder that Orbax writes
+_LITTER = re.compile(r"\d+\.(saving|deleting)")
+
+
+class Folder:
+  """The steps under `path`. What was found whole is not read again until its files change."""
+
+  def __init__(self, path: Path):
+    self.path = path
+    self._whole: dict[int, Fingerprint] = {}
+    self._reported: set[str] = set()
+
+  def step(self, step: int) -> Path:
+    return self.path / str(step)
+
+  def manifest(self, step: int) -> Manifest:
+    """The manifest of a step whose every byte is as it was written. Raises CheckpointError."""
+    try:
+      return self._check(step)
+    except Damage as damage:
+      raise CheckpointError(f"{self.step(step)} {damage}") from None
+
+  def whole(self, step: int) -> bool:
+    """Whether a step is there, complete, and every byte of it as it was written."""
+    try:
+      self._check(step)
+    except Damage:
+      return False
+    return True
+
+  def remember(self, step: int, manifest: Manifest) -> None:
+    """Take a step as whole: this process has written it and read it back just now."""
+    self._whole[step] = manifests.fingerprint(self.step(step), manifest)
+
+  def steps(self) -> tuple[int, ...]:
+    """The whole steps, ascending."""
+    return tuple(step for step in self.named() if self.whole(step))
+
+  def newest(self) -> int | None:
+    """The newest whole step; what had to be passed over is logged, in one line, once."""
+    passed = []
+    for step in reversed(self.named()):
+      try:
+        self._check(step)
+      except Damage as damage:
+        if self.step(step).is_dir():  # else another process has deleted it just now
+          passed.append(f"{self.step(step)} {damage}")
+        continue
+      self._report(passed, f"using step {step}")
+      return step
+    self._report(passed, "no other checkpoint is there")
+    return None
+
+  def extra(self, step: int) -> dict[str, Any]:
+    """What was saved beside the arrays, by name. Raises CheckpointError."""
+    return read_extra(self.step(step), self.manifest(step))
+
+  def named(self) -> list[int]:
+    """The steps by the names of the folders alone, ascending."""
+    try:
+      names = [entry.name for entry in os.scandir(self.path) if entry.is_dir()]
+    except FileNotFoundError:
+      return []
+    except OSError as error:
+      raise CheckpointError(f"{self.path}: cannot be listed: {error.strerror}") from error
+    return sorted(int(n) for n in names if n.isascii() and n.isdecimal() and str(int(n)) == n)
+
+  def clean(self) -> None:
+    """Remove what killed saves and deletions left behind. Only for who writes here."""
+    if self.path.is_dir():
+      for entry in sorted(self.path.iterdir()):
+        if _LITTER.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
+          shutil.rmtree(entry)
+          log.debug("removed %s, left behind by a stopped process", entry)
+
+  def prepare(self, step: int) -> Path:
+    """A new, empty folder in which to build a step. Raises OSError."""
+    building = self.path / f"{step}.saving"
+    if building.exists():
+      shutil.rmtree(building)
+    building.mkdir(parents=True)
+    return building
+
+  def publish(self, building: Path, step: int) -> None:
+    """Give a sealed folder its name. What had it makes room, and is kept if it is not ours."""
+    final = self.step(step)
+    old = None
+    if final.exists() or final.is_symlink():
+      ours = (final / manifests.NAME).exists()
+      old = self.path / f"{step}.deleting" if ours else _unused(self.path, f"{step}.replaced")
+      final.rename(old)
+      if not ours:
+        log.warning("%s was no checkpoint of this program; it is now %s", final, old)
+    building.rename(final)
+    manifests.sync_folder(self.path)
+    if old is not None and old.name.endswith(".deleting"):
+      shutil.rmtree(old)
+
+  def discard(self, building: Path) -> None:
+    """Remove what a failed save has written, as far as that works."""
+    shutil.rmtree(building, ignore_errors=True)
+
+  def retire(self, keep: int, latest: int) -> None:
+    """Delete complete steps but the newest `keep`, and never `latest`, the one just written.
+
+    What is damaged is neither counted nor deleted.
+    """
+    complete = [step for step in self.named() if self._complete(step)]
+    for step in complete[:-keep]:
+      if step == latest:
+        continue
+      leaving = self.path / f"{step}.deleting"
+      try:
+        self.step(step).rename(leaving)
+        shutil.rmtree(leaving)
+      except OSError as error:
+        log.warning("%s: cannot be deleted: %s", self.step(step), error.strerror)
+      self._whole.pop(step, None)
+
+  def _check(self, step: int) -> Manifest:
+    folder = self.step(step)
+    manifest = manifests.read(folder)
+    prints = manifests.fingerprint(folder, manifest)
+    if self._whole.get(step) != prints:
+      manifests.check_content(folder, manifest)
+      self._whole[step] = prints
+    return manifest
+
+  def _complete(self, step: int) -> bool:
+    """Whether every file of a step is there in its size; their content is not read."""
+    with contextlib.suppress(Damage):
+      manifests.fingerprint(self.step(step), manifests.read(self.step(step)))
+      return True
+    return False
+
+  def _report(self, passed: list[str], outcome: str) -> None:
+    line = "; ".join([*passed, outcome])
+    if passed and line not in self._reported:
+      self._reported.add(line)
+      log.warning(line)
+
+
+def locate(path: str | Path) -> tuple[Path, Manifest]:
+  """The newest whole step of a run folder or a checkpoints folder, or a step folder itself.
+
+  Raises CheckpointError, which says what was looked for.
+  """
+  path = Path(path).expanduser()
+  wanted = "give a run's folder, its checkpoints folder or one step in it"
+  try:
+    names = {entry.name for entry in os.scandir(path)}
+  except OSError as error:
+    raise CheckpointError(f"{path}: {error.strerror}: {wanted}") from error
+  if names & {manifests.NAME, STATE}:
+    return path, _whole(path)
+  folder = Folder(path / "checkpoints" if "checkpoints" in names else path)
+  step = folder.newest()
+  if step is None:
+    inside = (
+      f"in {folder.path}/<step>/"
+      if "checkpoints" in names
+      else ("in it, in <step>/ and in checkpoints/<step>/")
+    )
+    raise CheckpointError(
+      f"{path} holds no complete checkpoint: looked for {manifests.NAME} {inside}; {wanted}"
+    )
+  return folder.step(step), folder.manifest(step)
+
+
+def read_extra(step_folder: Path, manifest: Manifest) -> dict[str, Any]:
+  """What was saved beside the arrays, by name: JSON as values, all else as text."""
+  extra = {}
+  for name, file in manifest.extra.items():
+    try:
+      text = (step_folder / file).read_text()
+    except OSError as error:
+      raise CheckpointError(f"{step_folder} cannot be read: {file}: {error.strerror}") from error
+    extra[name] = json.loads(text) if file.endswith(".json") else text
+  return extra
+
+
+def _whole(folder: Path) -> Manifest:
+  try:
+    manifest = manifests.read(folder)
+    manifests.fingerprint(folder, manifest)
+    manifests.check_content(folder, manifest)
+  except Damage as damage:
+    raise CheckpointError(f"{folder} {damage}") from None
+  return manifest
+
+
+def _unused(parent: Path, name: str) -> Path:
+  names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+  return next(path for path in map(parent.joinpath, names) if not path.exists())

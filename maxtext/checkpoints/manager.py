@@ -1,0 +1,262 @@
+"""A run's checkpoints: saved while it trains on, restored onto any mesh, used only when whole."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxtext.checkpoints import manifest as manifests
+from maxtext.checkpoints.arrays import Array, difference
+from maxtext.checkpoints.folder import STATE, Folder, locate, read_extra
+from maxtext.checkpoints.sections import Checkpoint
+from maxtext.errors import CheckpointError
+from maxtext.log import log
+
+Extra = Mapping[str, str | Mapping[str, Any]]
+
+
+def preload() -> threading.Thread:
+  """Import Orbax in the background, for instance while the step compiles; join() is not needed."""
+  thread = threading.Thread(target=_storage, name="import orbax")
+  thread.start()
+  return thread
+
+
+class Checkpoints:
+  """The steps of one run. `directory` is `<run>/checkpoints`, untouched before the first save.
+
+  Use it in a `with`, so that a save under way is finished. With several processes each of them
+  makes the same calls; process 0 decides, seals and deletes.
+  """
+
+  def __init__(self, directory: Path, section: Checkpoint):
+    self.directory = Path(directory)
+    self._section = section
+    self._folder = Folder(self.directory)
+    self._writer: Any = None
+    self._thread: threading.Thread | None = None
+    self._failure: CheckpointError | None = None
+
+  def due(self, step: int) -> bool:
+    """Whether `checkpoint_period` asks for a checkpoint after `step` finished steps."""
+    return self._section.enable_checkpointing and step % self._section.checkpoint_period == 0
+
+  def save(self, step: int, state: Any, extra: Extra, *, force: bool = False) -> bool:
+    """Save the state after `step` finished steps; returns whether it did.
+
+    It does when the step is due or forced, and not there yet. `state` is any tree of jax.Array, and
+    may be donated as soon as this returns. A mapping in `extra` is kept as JSON, a text as YAML.
+    Raises CheckpointError, also for the save before: what it was writing is gone, older steps stay.
+    """
+    begun = time.monotonic()
+    self.wait()
+    if not self._section.enable_checkpointing or not (force or self.due(step)):
+      return False
+    if _from_first(lambda: self._folder.whole(step)):
+      return False
+    storage = _storage()
+    files = {name: _file(name, value) for name, value in extra.items()}
+    arrays = storage.describe(state)
+    building = self._begin(step)
+    try:
+      self._writer = self._writer or storage.Writer(self._section)
+      self._writer.start(building / STATE, state)
+    except Exception as error:  # Orbax and TensorStore raise whatever the layer below raised
+      self._abandon(building)
+      raise self._trouble(step, error) from error
+    waited = time.monotonic() - begun
+
+    def finish() -> None:
+      try:
+        self._writer.finish()
+        if jax.process_index() == 0:
+          size = self._seal(building, step, arrays, files)
+          took = time.monotonic() - begun
+          line = "saved %s: %.1f MB in %.1f s, training waited %.2f s"
+          blocked = waited if self._section.async_checkpointing else took
+          log.info(line, self._folder.step(step), size / 1e6, took, blocked)
+      except Exception as error:  # raised where the caller can see it
+        self._failure = self._trouble(step, error)
+        self._abandon(building)
+
+    self._thread = threading.Thread(target=finish, name=f"checkpoint {step}")
+    self._thread.start()
+    if not self._section.async_checkpointing:
+      self.wait()
+    return True
+
+  def wait(self) -> None:
+    """Wait until what was saved is on disk. Raises CheckpointError when it could not be written."""
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+    if self._failure is not None:
+      failure, self._failure = self._failure, None
+      raise failure
+
+  def close(self) -> None:
+    """wait(), then let Orbax's threads go."""
+    try:
+      self.wait()
+    finally:
+      if self._writer is not None:
+        self._writer.close()
+        self._writer = None
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+    """close(); when an error is on its way already, a failed save is logged beside it."""
+    try:
+      self.close()
+    except CheckpointError as failure:
+      if error is None:
+        raise
+      log.error(str(failure))
+
+  def steps(self) -> tuple[int, ...]:
+    """The steps that are whole, ascending: complete, and every byte as it was written."""
+    return self._folder.steps()
+
+  def newest(self) -> int | None:
+    """The newest whole step, the same in every process; a line says what was passed over."""
+    newest = _from_first(lambda: -1 if (step := self._folder.newest()) is None else step)
+    return None if newest < 0 else newest
+
+  def restore(self, step: int, target: Any) -> Any:
+    """The state of a step, as `target` (of jax.ShapeDtypeStruct with shardings) describes it.
+
+    Raises CheckpointError when the step is not whole, or is of another model.
+    """
+    self.wait()
+    _from_first(lambda: self._folder.manifest(step).step)
+    folder = self._folder.step(step)
+    return _restore(folder, manifests.read(folder).arrays, target)
+
+  def extra(self, step: int) -> dict[str, Any]:
+    """What was saved beside the state: mappings as they were, texts as they were."""
+    return self._folder.extra(step)
+
+  def _begin(self, step: int) -> Path:
+    """The folder in which a step is built, made by process 0."""
+
+    def make() -> int:
+      try:
+        if self._writer is None:
+          self._folder.clean()
+        self._folder.prepare(step)
+      except OSError as error:
+        raise self._trouble(step, error) from error
+      return 0
+
+    _from_first(make)
+    return self.directory / f"{step}.saving"
+
+  def _seal(
+    self, building: Path, step: int, arrays: tuple[Array, ...], files: dict[str, tuple[str, bytes]]
+  ) -> int:
+    """Make a checkpoint of what is written and delete the oldest; returns its size in bytes."""
+    for name, content in files.values():
+      (building / name).write_bytes(content)
+    manifest = manifests.write(
+      building, step, arrays, {key: name for key, (name, _) in files.items()}
+    )
+    self._folder.publish(building, step)
+    self._folder.remember(step, manifest)
+    if self._section.max_num_checkpoints_to_keep > 0:
+      self._folder.retire(self._section.max_num_checkpoints_to_keep, step)
+    return manifest.size
+
+  def _abandon(self, building: Path) -> None:
+    if jax.process_index() == 0:
+      self._folder.discard(building)
+
+  def _trouble(self, step: int, error: Exception) -> CheckpointError:
+    trouble = CheckpointError(f"{self._folder.step(step)}: cannot be saved: {_cause(error)}")
+    trouble.__cause__ = error
+    return trouble
+
+
+def restore_state(path: str | Path, target: Any) -> tuple[Any, dict[str, Any]]:
+  """State and extra of the newest step of a run or a checkpoints folder, or of one step."""
+  folder, manifest = locate(path)
+  return _restore(folder, manifest.arrays, target), read_extra(folder, manifest)
+
+
+def restore_parameters(path: str | Path, target_params: Any) -> Any:
+  """The parameters alone, from where `path` leads as in restore_state; no optimizer state is read.
+
+  Raises CheckpointError when nothing whole is there, or the parameters are of another model.
+  """
+  folder, manifest = locate(path)
+  params = tuple(array for array in manifest.arrays if array.path.startswith("params/"))
+  return _restore(folder, params, {"params": target_params})["params"]
+
+
+def _restore(folder: Path, arrays: tuple[Array, ...], target: Any) -> Any:
+  storage = _storage()
+  if different := difference(arrays, storage.describe(target)):
+    raise CheckpointError(f"{folder} is of another model: {different}")
+  try:
+    return storage.read(folder / STATE, target)
+  except Exception as error:  # Orbax and TensorStore raise whatever the layer below raised
+    raise CheckpointError(f"{folder} cannot be read: {_cause(error)}") from error
+
+
+def _storage() -> ModuleType:
+  """The module that imports Orbax, when it is first needed."""
+  return importlib.import_module("maxtext.checkpoints.storage")
+
+
+def _file(name: str, value: str | Mapping[str, Any]) -> tuple[str, bytes]:
+  """File name and content as they are now; the caller may go on and change the value."""
+  if isinstance(value, str):
+    return f"{name}.yml", value.encode()
+  return f"{name}.json", json.dumps(value).encode()
+
+
+def _from_first(decide: Callable[[], int]) -> int:
+  """What `decide` returns, or the CheckpointError it raises, in process 0: in every process."""
+  if jax.process_count() == 1:
+    return decide()
+  from jax.experimental import multihost_utils
+
+  failure, answer = None, 0
+  if jax.process_index() == 0:
+    try:
+      answer = decide()
+    except CheckpointError as error:
+      failure = error
+  word = np.array([failure is not None, answer], np.int32)
+  failed, answer = multihost_utils.broadcast_one_to_all(word).tolist()
+  if failed:
+    raise failure or CheckpointError("process 0 refused the checkpoint; its own line says why")
+  return answer
+
+
+def _cause(error: BaseException) -> str:
+  """One line that says why, in the operating system's own words where they are passed on."""
+  seen: BaseException | None = error
+  while seen is not None:
+    if isinstance(seen, OSError) and seen.strerror:
+      return seen.strerror
+    if code := re.search(r"os_error_code='(\d+)'", str(seen)):
+      return os.strerror(int(code[1]))
+    if str(seen).startswith("NOT_FOUND:"):
+      return os.strerror(errno.ENOENT)
+    seen = seen.__cause__ or seen.__context__
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:200]
