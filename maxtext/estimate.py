@@ -172,16 +172,17 @@ class Estimate:
     peak = peak_flops(device_kind)
     against = f"peak {peak / 1e12:,.1f} TFLOP/s" if peak else "peak not known, so no MFU"
     yield (
-      f"TFLOPs per step: {tera:.3f} (weights {share:.1%}, attention {1 - share:.1%}), "
-      f"per device {tera / devices:.3f}; {against}"
+      f"TFLOPs per step: {tera:.4g} (weights {share:.1%}, attention {1 - share:.1%}), "
+      f"per device {tera / devices:.4g}; {against}"
     )
     state = self.parameter_bytes + self.optimizer_bytes
     line = (
-      f"memory per device: state {_gib(state)} (parameters {_gib(self.parameter_bytes)}, "
-      f"optimizer {_gib(self.optimizer_bytes)})"
+      f"memory per device: state {_binary(state)} (parameters {_binary(self.parameter_bytes)}, "
+      f"optimizer {_binary(self.optimizer_bytes)})"
     )
-    yield line + (f", peak of a step {_gib(step_bytes)}" if step_bytes else "")
+    yield line + (f", peak of a step {_binary(step_bytes)}" if step_bytes else "")
 
 
-def _gib(size: int) -> str:
-  return f"{size / 2**30:.3f} GiB"
+def _binary(size: int) -> str:
+  """Bytes in GiB, or in MiB below a tenth of one."""
+  return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
