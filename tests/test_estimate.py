@@ -161,16 +161,15 @@ def test_bytes_are_those_of_one_devices_share():
 
 
 def test_a_run_says_once_what_it_is():
-  run = estimate.Estimate(13_000_000, estimate.Flops(3e12, 1e12), 2**30, 2**31)
+  run = estimate.Estimate(13_000_000, estimate.Flops(3e12, 1e12), 2**24, 2**31)
   assert list(run.lines("TPU v5e", {"data": 1, "fsdp": 4, "tensor": 2}, 5 * 2**30)) == [
     "parameters: 13,000,000",
     "devices: 8 x TPU v5e, mesh fsdp 4 x tensor 2",
-    "TFLOPs per step: 4.000 (weights 75.0%, attention 25.0%), per device 0.500; peak 197.0 TFLOP/s",
-    "memory per device: state 3.000 GiB (parameters 1.000 GiB, optimizer 2.000 GiB), "
-    "peak of a step 5.000 GiB",
+    "TFLOPs per step: 4 (weights 75.0%, attention 25.0%), per device 0.5; peak 197.0 TFLOP/s",
+    "memory per device: state 2.02 GiB (parameters 16.00 MiB, optimizer 2.00 GiB), "
+    "peak of a step 5.00 GiB",
   ]
   assert list(run.lines("cpu", {"data": 1}))[1:3] == [
     "devices: 1 x cpu",
-    "TFLOPs per step: 4.000 (weights 75.0%, attention 25.0%), per device 4.000; "
-    "peak not known, so no MFU",
+    "TFLOPs per step: 4 (weights 75.0%, attention 25.0%), per device 4; peak not known, so no MFU",
   ]
