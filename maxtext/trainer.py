@@ -22,13 +22,13 @@ from maxtext.data.place import place
 from maxtext.errors import CheckpointError, ConfigError, Diverged
 from maxtext.log import log
 from maxtext.program import Program
-from maxtext.serve.engine import writer
+from maxtext.serve.writer import Writer
 from maxtext.signals import Stop
 from maxtext.training.hooks import Evaluate, Histograms, Save
 from maxtext.training.loop import Done, End, Hook, Step, loop
 from maxtext.training.metrics import Metrics, Pace, due, step_scalars
 from maxtext.training.progress import Progress
-from maxtext.training.state import State, from_tree, tree
+from maxtext.training.state import Params, State, from_tree, tree
 from maxtext.training.step import Batch
 
 FACTS, CONFIG, DATA = "facts", "config", "data"  # what a checkpoint holds beside the state
@@ -151,10 +151,18 @@ class Run:
       steps=config.training.steps,
       evaluate=self.program.evaluate,
       batches=held_out,
-      write=writer(self.program, self.corpus.tokenizer) if config.eval.eval_sample_length else None,
+      write=self._sample(),
       metrics=metrics,
       progress=progress,
     )
+
+  def _sample(self) -> Callable[[Params], str] | None:
+    """params -> the text that an evaluation writes."""
+    config, eval = self.config, self.config.eval
+    if not eval.eval_sample_length:
+      return None
+    write = Writer(self.program, self.corpus.tokenizer, config.decode, config.data.add_bos)
+    return write.again(eval.eval_sample_prompt, eval.eval_sample_length, "eval_sample_length")
 
   def _beside(self, batches: Batches, metrics: Metrics) -> Callable[[], dict[str, Any]]:
     """What stands in a checkpoint beside the state."""

@@ -1,0 +1,61 @@
+"""Text from a decoder, in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from maxtext.data.tokenizers import Tokenizer
+from maxtext.layers.merging import Params
+from maxtext.serve.engine import Engine, Parts
+from maxtext.serve.sample import Sampler
+from maxtext.serve.sections import Decode
+from maxtext.serve.streaming import TextStream
+
+
+class Writer:
+  """Continues texts: `writer(params, ["Once"], 64)` is a list of what comes after each."""
+
+  def __init__(self, parts: Parts, tokenizer: Tokenizer, section: Decode, bos: bool):
+    """With `bos`, a text begins with the token that began the documents in training."""
+    self.tokenizer = tokenizer
+    self.engine = Engine(parts, Sampler.of(section, tokenizer), tokenizer.eos)
+    self._head = [tokenizer.bos] if bos and tokenizer.bos is not None else []
+
+  def encode(self, text: str) -> list[int]:
+    """The ids that a text to be continued begins with."""
+    return [*self._head, *self.tokenizer.encode(text)]
+
+  def __call__(
+    self,
+    params: Params,
+    texts: Sequence[str],
+    length: int,
+    hear: Callable[[int, str], None] = lambda row, text: None,
+    first_row: int = 0,
+  ) -> list[str]:
+    """What comes after each text, at most `length` tokens; `hear(row, text)` is told of whole characters at once.
+
+    Rows are numbered from `first_row`, see Engine.generate, whose ConfigErrors this raises.
+    """
+    prompts = [self.encode(text) for text in texts]
+    streams = [TextStream(self.tokenizer, prompt) for prompt in prompts]
+    out = [""] * len(prompts)
+
+    def say(row: int, text: str) -> None:
+      if text:
+        out[row - first_row] += text
+        hear(row, text)
+
+    hear_id = lambda row, id: say(row, streams[row - first_row].push(id))
+    self.engine.generate(params, prompts, length, hear_id, first_row)
+    for row, stream in enumerate(streams):
+      say(first_row + row, stream.finish())
+    return out
+
+  def again(self, text: str, length: int, where: str) -> Callable[[Params], str]:
+    """params -> `text` and what comes after it, for parameters that change.
+
+    Raises ConfigError now, at the key `where` that `length` comes from, for what would fail then.
+    """
+    self.engine.check([self.encode(text)], length, where)
+    return lambda params: text + self(params, [text], length)[0]
