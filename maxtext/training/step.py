@@ -47,7 +47,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, schedule: opt
     grads, sums = _gradients(loss, rules, state.params, batch, key)
     weight = jnp.maximum(sums["loss"].weight, 1)
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
     ok = _acceptable(rules, sums["loss"].value, norm)
@@ -57,7 +57,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, schedule: opt
       "total_weights": sums["loss"].weight,
       "raw_grad_norm": norm,
       "grad_norm": jnp.minimum(norm, rules.clip) if rules.clip else norm,
-      "param_norm": optax.global_norm(new.params),
+      "param_norm": optax.tree.norm(new.params),
       "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
       "ok": ok,
     }
