@@ -225,11 +225,12 @@ class Run:
       log.info(f"finished {end.finished} steps of {name}")
 
   def _write_config(self) -> None:
-    """config.yml: the whole configuration, whole or not at all."""
+    """config.yml and what the tokenizer consists of, each file whole or not at all."""
     path = self.folder / "config.yml"
     try:
       path.with_suffix(".writing").write_text(self.config.resolved())
       path.with_suffix(".writing").replace(path)
+      self.corpus.tokenizer.save(self.folder)
     except OSError as error:
       raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
 

@@ -42,7 +42,7 @@ class Bpe:
     tokenizer.encode_special_tokens = True  # `<eos>` in a text is five characters
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    self._tokenizer = tokenizer
+    self._tokenizer, self._names = tokenizer, named
     ids = {role: tokenizer.token_to_id(name) if name else None for role, name in named.items()}
     self.bos, self.eos = ids["bos"], ids["eos"]
     self.pad = next(id for id in (ids["pad"], self.eos, 0) if id is not None)
@@ -54,6 +54,17 @@ class Bpe:
 
   def decode(self, ids: Iterable[int]) -> str:
     return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)
+
+  def save(self, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json, each whole or not at all. Raises OSError."""
+    config = {f"{role}_token": name for role, name in self._names.items()}
+    texts = {
+      "tokenizer.json": self._tokenizer.to_str(),
+      "tokenizer_config.json": json.dumps(config),
+    }
+    for name, text in texts.items():
+      (folder / f"{name}.writing").write_text(text, "utf-8")
+      (folder / f"{name}.writing").replace(folder / name)
 
   @functools.cached_property
   def digest(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -40,6 +41,9 @@ class Tokenizer(Protocol):
   def decode(self, ids: Iterable[int]) -> str:
     """The text; special tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
 
+  def save(self, folder: Path) -> None:
+    """Write the files that `bpe.load(folder)` reads; bytes need none. Raises OSError."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
@@ -65,3 +69,6 @@ class ByteTokenizer:
   def decode(self, ids: Iterable[int]) -> str:
     kept = bytes(id - SPECIAL for id in ids if SPECIAL <= id < BYTES)
     return kept.decode("utf-8", errors="replace")
+
+  def save(self, folder: Path) -> None:
+    """Nothing is to be known of bytes."""
