@@ -11,7 +11,7 @@ LARGEST = 2**31 - 1  # steps, sizes and seeds are 32-bit integers on the device
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """`low <= x <= high`, or `low < x` where `above`; or x is `special`, which means something apart."""
+  """`low <= x <= high`, or `low < x` where `above`; or x is `special`, with a meaning apart."""
 
   low: float = -math.inf
   high: float = math.inf
@@ -25,11 +25,17 @@ class Bound:
 
   @property
   def words(self) -> str:
-    """`at least 1, or -1`."""
-    low = "" if self.low == -math.inf else f"{'above' if self.above else 'at least'} {self.low:g}"
-    high = "" if self.high in (math.inf, LARGEST) else f"at most {self.high:g}"
-    special = "" if self.special is None else f", or {self.special:g}"
+    """`at least 1, or -1`; the largest of all integers goes without saying."""
+    low = (
+      "" if self.low == -math.inf else f"{'above' if self.above else 'at least'} {_spelt(self.low)}"
+    )
+    high = "" if self.high in (math.inf, LARGEST) else f"at most {_spelt(self.high)}"
+    special = "" if self.special is None else f", or {_spelt(self.special)}"
     return " and ".join(filter(None, (low, high))) + special
+
+
+def _spelt(x: float) -> str:
+  return str(int(x)) if x == int(x) else f"{x:g}"
 
 
 Count = Annotated[int, Bound(1, LARGEST)]

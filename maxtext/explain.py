@@ -1,4 +1,7 @@
-"""python -m maxtext.explain KEY [config.yml] [key=value ...]: what a key means and every place that sets it."""
+"""python -m maxtext.explain KEY [config.yml] [key=value ...]
+
+Prints what a key means, its type and value, and every place that sets it; without KEY, all keys.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from maxtext.errors import closest
 
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
-  """Print one key; without a key, all of them with their meanings. Exit code 2 for a key there is not."""
+  """Print one key, or all of them; returns 2 for a key there is not, or a wrong configuration."""
   words_given = list(sys.argv[1:] if argv is None else argv)
   if not words_given or words_given[0] in ("-h", "--help"):
     print(__doc__, overview(), sep="\n\n")

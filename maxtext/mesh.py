@@ -1,4 +1,4 @@
-"""The `mesh` section: how the devices are arranged, and which mesh axes split which logical axis."""
+"""The `mesh` section: how devices are arranged, and which mesh axes split which logical axis."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal, get_args
 
-from maxtext.bounds import Bound, Count, Fraction
+from maxtext.bounds import LARGEST, Bound, Count, Fraction
 from maxtext.errors import ConfigError
 
-Ways = Annotated[int, Bound(1, 2**20, special=-1)]
+Ways = Annotated[int, Bound(1, LARGEST, special=-1)]
 
 Axis = Literal[
   "diloco",
@@ -33,7 +33,7 @@ WORKING = ("data", "fsdp", "fsdp_transpose", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """A mesh axis's size is its ICI parallelism (within a slice) times its DCN parallelism (over slices).
+  """A mesh axis's size is its ICI parallelism, within slices, times its DCN parallelism, over them.
 
   Of each kind one may be -1: what is left of the devices, or of the slices.
   """
@@ -77,12 +77,15 @@ class Mesh:
       yield "mesh_axes", "is empty; name at least one axis, as [data, fsdp, tensor]"
     if repeated := [a for a in self.mesh_axes if self.mesh_axes.count(a) > 1]:
       yield "mesh_axes", f"{repeated[0]!r} stands twice; name each axis once"
+    if self.override_logical_axis_rules and not any(self.logical_axis_rules.values()):
+      yield "override_logical_axis_rules", "leaves no rule at all; write logical_axis_rules too"
     for name, axes in self.logical_axis_rules.items():
       if repeated := [a for a in axes if axes.count(a) > 1]:
         yield "logical_axis_rules", f"{name} names {repeated[0]!r} twice; name each mesh axis once"
     for kind in ("ici", "dcn"):
       if len(free := self._free(kind)) > 1:
-        yield free[-1], f"{' and '.join(free)} are all -1; only one may take the rest", *free[:-1]
+        which = f"{' and '.join(free)} are {'both' if len(free) == 2 else 'all'} -1"
+        yield free[-1], f"{which}; only one may take the rest", *free[:-1]
       for axis in AXES:
         yield from self._axis_complaints(_key(kind, axis), axis)
 
@@ -91,7 +94,7 @@ class Mesh:
     if axis not in WORKING and ways != 1:
       working = ", ".join(WORKING)
       yield key, f"{ways}: parallelism over {axis!r} is not there yet; use 1 (there are {working})"
-    elif axis not in self.mesh_axes and ways != 1:
+    elif self.mesh_axes and axis not in self.mesh_axes and ways != 1:
       yield (
         key,
         f"{key}={ways}, but mesh_axes does not name {axis!r}; add it there, or set {key}=1",
@@ -99,7 +102,7 @@ class Mesh:
       )
 
   def sizes(self, devices: int) -> dict[str, int]:
-    """Mesh axis -> size on this many devices; raises ConfigError where they cannot be so arranged."""
+    """Mesh axis -> size on this many devices; raises ConfigError where that cannot be."""
     ici, dcn = self.ici(devices), self.dcn()
     return {axis: ici[axis] * dcn[axis] for axis in self.mesh_axes}
 
@@ -125,7 +128,7 @@ class Mesh:
     return _key("ici", axis), _key("dcn", axis)
 
   def _free(self, kind: str) -> list[str]:
-    keys = [_key(kind, axis) for axis in AXES]
+    keys = [_key(kind, axis) for axis in WORKING]
     return [key for key in keys if getattr(self, key) == -1]
 
   def _fill(self, kind: str, total: int, what: str) -> dict[str, int]:
@@ -135,7 +138,9 @@ class Mesh:
     if left or (rest > 1 and -1 not in sizes.values()):
       split = [axis for axis, size in sizes.items() if size not in (-1, 1)]
       product = " x ".join(f"{axis} {sizes[axis]}" for axis in split) or "1"
-      wanted = f"a divisor of {total}" if -1 in sizes.values() else f"{total}, or one of the sizes -1"
+      wanted = (
+        f"a divisor of {total}" if -1 in sizes.values() else f"{total}, or one of the sizes -1"
+      )
       raise ConfigError(
         _key(kind, split[-1] if split else "fsdp"),
         f"{total} {what} cannot be arranged as {product}; make the product {wanted}",

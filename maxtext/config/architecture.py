@@ -1,10 +1,9 @@
-"""The `architecture` section: the sizes and choices that decoder block files ask for by `${key}`."""
+"""The `architecture` section: sizes and choices that decoder block files ask for by `${key}`."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-
 
 from maxtext.bounds import Count, Fraction, Positive
 from maxtext.specs import Activation
@@ -47,7 +46,7 @@ class Architecture:
       below = 1 << (scale.bit_length() - 1)
       yield (
         "global_parameter_scale",
-        f"{scale} is not a power of two; use {below} or {2 * below}, or set the base_ sizes themselves",
+        f"{scale} is not a power of two; use {below} or {2 * below}, or set the base_ sizes",
       )
     if heads % kv_heads:
       yield (
@@ -59,7 +58,8 @@ class Architecture:
     if self.head_dim is None and self.base_emb_dim % heads:
       yield (
         "base_emb_dim",
-        f"width {self.base_emb_dim} is not a multiple of {heads} heads; change one of them, or set head_dim",
+        f"width {self.base_emb_dim} is not a multiple of {heads} heads; "
+        "change one of them, or set head_dim",
         "base_num_query_heads",
       )
     if self.dropout_rate == 1:
@@ -77,11 +77,12 @@ class Architecture:
     if len(functions) != 1 or len(self.mlp_activations) > 2:
       yield (
         "mlp_activations",
-        f"{list(self.mlp_activations)} must be one activation, as [gelu], or a gated one, as [silu, linear]",
+        f"[{', '.join(self.mlp_activations)}] must be one activation, as [gelu], "
+        "or a gated one, as [silu, linear]",
       )
 
   def sizes(self) -> dict[str, int]:
-    """The base_ sizes after `global_parameter_scale` 2^k, and the head dimension, which does not scale.
+    """The base_ sizes after `global_parameter_scale` 2^k, and head_dim, which does not scale.
 
     Each factor of two goes, in turn, to heads and mlp, to the width, and to the layers.
     """

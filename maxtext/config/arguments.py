@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from maxtext.config import documents
+from maxtext.config import complaints, documents
 from maxtext.config.complaints import Complain, Complaint
 from maxtext.config.sections import SECTION_OF
 from maxtext.config.sources import COMMAND_LINE, Setting, value_node
 from maxtext.config.values import brief
 from maxtext.errors import closest
 
-WHERE = "command line"
+WHERE = complaints.COMMAND_LINE
 
 
 def split(argv: Sequence[str], complain: Complain) -> tuple[str | None, list[Setting]]:
@@ -39,7 +39,9 @@ def split(argv: Sequence[str], complain: Complain) -> tuple[str | None, list[Set
   for extra in paths[1:]:
     problem = "is a second file; name one, and name the other in it as base_config"
     if documents.find(extra) is None:
-      problem = f"is neither key=value nor the only file{closest(extra, SECTION_OF)}; write key=value"
+      problem = (
+        f"is neither key=value nor the only file{closest(extra, SECTION_OF)}; write key=value"
+      )
     complain(Complaint(WHERE, brief(extra), problem))
   return paths[0] if paths else None, settings
 

@@ -41,7 +41,9 @@ class Config(Sections):
   @property
   def preset_keys(self) -> list[str]:
     """The keys that the model preset sets."""
-    return [key for key, settings in self.history.items() if any(s.level == PRESET for s in settings)]
+    return [
+      key for key, settings in self.history.items() if any(s.level == PRESET for s in settings)
+    ]
 
   def differs(self, key: str) -> bool:
     """Whether something set the key to another value than its default."""
@@ -53,15 +55,17 @@ class Config(Sections):
     return SECTION_OF[key]
 
   def report(self) -> Iterator[str]:
-    """Lines for the start of a run: replaced values of its preset, and with `log_config` all that was set."""
+    """For the start of a run: what replaced its preset, and with `log_config` all that was set."""
+    replaced = {}
     for key in self.preset_keys:
       given = next(s for s in self.history[key] if s.level == PRESET)
       if coerce(hint_of(key), given.node) != self.values[key]:
-        new = f"{render(self.values[key])} ({self.sources[key].where})"
-        yield f"config: {key}={new} instead of {given.text} ({given.where})"
-    if self.run.log_config:
-      for key in filter(self.differs, self.values):
-        yield f"config: {key}={render(self.values[key])} ({self.sources[key].where})"
+        replaced[key] = f" instead of {given.text} ({given.where})"
+    for key, value in self.values.items():
+      if key in replaced or (self.run.log_config and self.differs(key)):
+        source = self.sources[key]
+        text = source.text if key == RULES else render(value)
+        yield f"config: {key}={text} ({source.where}){replaced.get(key, '')}"
 
   def hparams(self) -> dict[str, bool | int | float | str]:
     """What shapes the result, as single values by key."""
@@ -90,11 +94,21 @@ class Config(Sections):
   def changes(self, resolved: str) -> list[tuple[str, Any, Any]]:
     """(key, old, new) for each key that an earlier run's resolved configuration had otherwise.
 
-    A key that is newer than that run had its default there; a value that can no longer be read is its text.
+    A key that is newer than that run had its default there. A value that can no longer be read is
+    given as its text.
     """
-    old = {s.key: s for s in [*defaults(lambda _: None), *of_text(resolved)]}
+    old = {s.key: s for s in [*defaults(), *of_text(resolved)]}
     before = {key: _value(setting) for key, setting in old.items()}
-    return [(k, before[k], new) for k, new in self.values.items() if before[k] != new]
+    changed = [(k, before[k], new) for k, new in self.values.items() if before[k] != new]
+    return [(k, *_difference(old, new)) for k, old, new in changed]
+
+
+def _difference(old: Any, new: Any) -> tuple[Any, Any]:
+  """Of two mappings only the entries that differ."""
+  if not isinstance(old, dict) or not isinstance(new, dict):
+    return old, new
+  names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+  return {n: old[n] for n in names if n in old}, {n: new[n] for n in names if n in new}
 
 
 def _value(setting: Setting) -> Any:

@@ -1,8 +1,9 @@
 """From a decoder block file to a DecoderSpec.
 
-A block file gives the fields of DecoderSpec; under `blocks` named blocks, of which a later one may say `like` an
-earlier one and only what differs; and the `pattern` of their names, which is cycled over the layers. `${key}` stands
-for an architecture key's value, after scaling. An optional part with `if: false` is absent.
+A block file gives the fields of DecoderSpec; under `blocks` named blocks, of which a later one may
+say `like` an earlier one and only what differs; and the `pattern` of their names, which is cycled
+over the layers. `${key}` stands for an architecture key's value, after scaling. An optional part
+with `if: false` is absent.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -31,7 +32,8 @@ ELSEWHERE = {  # keys that take effect whatever the block file says
 }
 REFERENCE = re.compile(r"\$\{(.*?)\}")
 
-Problem = tuple[int, str, str, str]  # line, path within the file, what is wrong, the architecture key at fault
+# Line, path within the file, what is wrong, and the architecture key at fault, if one is.
+Problem = tuple[int, str, str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +55,12 @@ class BlockFile:
     return ELSEWHERE | {key for text in _texts(self.root) for key in REFERENCE.findall(text)}
 
 
-def spec(file: BlockFile, sizes: Architecture, vocabulary: int) -> tuple[DecoderSpec | None, list[Problem]]:
+def spec(
+  file: BlockFile, sizes: Architecture, vocabulary: int
+) -> tuple[DecoderSpec | None, list[Problem]]:
   """The decoder that the file describes with these sizes, or all that is wrong with it."""
   reading = _Reading(_values(sizes))
-  root = dict(reading.fill(file.root).value)
+  root = dict(reading.fill(file.root).entries)
   blocks = reading.blocks(root.pop("blocks", Node({}, file.root.line)))
   pattern = reading.pattern(root.pop("pattern", None), blocks)
   layers = sizes.sizes()["base_num_decoder_layers"]
@@ -66,7 +70,7 @@ def spec(file: BlockFile, sizes: Architecture, vocabulary: int) -> tuple[Decoder
 
 
 def stages(pattern: list[BlockSpec | None], layers: int) -> tuple[Stage, ...]:
-  """`layers` blocks by cycling `pattern`: whole cycles are one repeated stage, the rest is a last one."""
+  """`layers` blocks by cycling `pattern`: whole cycles are one stage, the rest is a last one."""
   blocks = tuple(block for block in pattern if block is not None)
   if not blocks:
     return ()
@@ -95,6 +99,7 @@ class _Reading:
 
   values: Mapping[str, Any]
   problems: list[Problem] = dataclasses.field(default_factory=list)
+  wrong: int = 0  # values that could not be read, whether or not there was more to say of them
 
   def fill(self, node: Node) -> Node:
     """The tree with each `${key}` replaced by its value."""
@@ -103,8 +108,7 @@ class _Reading:
     if isinstance(node.value, list):
       return dataclasses.replace(node, value=[self.fill(item) for item in node.value])
     if (key := REFERENCE.fullmatch(node.value)) and key[1] in self.values:
-      filled = documents.parse(render(self.values[key[1]]), lambda *_: None)
-      return dataclasses.replace(filled, line=node.line, origin=key[1])
+      return _filled(self.values[key[1]], node.line, key[1])
     for name in REFERENCE.findall(node.value):
       if name in self.values:
         self._add(node, brief(node.value), "must stand alone; write only ${" + name + "}")
@@ -119,60 +123,74 @@ class _Reading:
       return {}
     trees: dict[str, Node] = {}
     for name, tree in node.value.items():
-      entries = dict(tree.value) if isinstance(tree.value, dict) else {}
+      entries = dict(tree.entries)
       if like := entries.pop("like", None):
         tree = dataclasses.replace(tree, value=entries)
         if isinstance(like.value, str) and like.value in trees:
           tree = _merged(trees[like.value], tree)
         else:
           near = closest(str(like.value), trees)
-          self._add(like, f"blocks.{brief(name)}.like", f"{shown(str(like.value))}: no earlier block{near}")
+          self._add(
+            like, f"blocks.{brief(name)}.like", f"{shown(str(like.value))}: no earlier block{near}"
+          )
+          continue
       trees[name] = tree
-    return {name: self.build(BlockSpec, tree, f"blocks.{brief(name)}") for name, tree in trees.items()}
+    built = {
+      name: self.build(BlockSpec, tree, f"blocks.{brief(name)}") for name, tree in trees.items()
+    }
+    return {name: built.get(name) for name in node.value}
 
   def pattern(self, node: Node | None, blocks: Mapping[str, Any]) -> list[str]:
     """The names of one cycle; a file with one block needs none."""
-    if node is None and len(blocks) == 1:
+    if not blocks or (node is None and len(blocks) == 1):
       return list(blocks)
     try:
       names = coerce(tuple[str, ...], node or EMPTY)
     except Unfit:
       names = ()
     if not names:
-      self._add(node or EMPTY, "pattern", "is missing; write the blocks' names in order, as [local, global]")
+      self._add(
+        node or EMPTY, "pattern", "is missing; write the blocks' names in order, as [local, global]"
+      )
     for name in names:
       if name not in blocks:
         self._add(node or EMPTY, "pattern", f"{shown(name)}: no such block{closest(name, blocks)}")
     return list(names)
 
-  def build(self, cls: type, node: Node, path: str, ready: Mapping[str, Any] = types.MappingProxyType({})) -> Any:
-    """The dataclass `cls` from a mapping, and from `ready` values; None where something is wrong."""
+  def build(
+    self, cls: type, node: Node, path: str, ready: Mapping[str, Any] = types.MappingProxyType({})
+  ) -> Any:
+    """A `cls` from a mapping and from `ready` values; None where something is wrong."""
     if not isinstance(node.value, dict):
       self._add(node, path, f"is {node.kind}; write a mapping of its parts")
       return None
-    before, hints, values = len(self.problems), get_type_hints(cls), dict(ready)
+    before, hints, values = self.wrong, get_type_hints(cls), dict(ready)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in ready}
-    at: Callable[[str], str] = lambda name: f"{path}.{name}" if path else name
+    prefix = f"{path}." if path else ""
     for name, part in node.value.items():
       if name in fields:
-        values[name] = self._value(hints[name], part, at(name))
+        values[name] = self._value(hints[name], part, prefix + name)
       else:
         offer = closest(name, fields) or f"; there are {', '.join(fields)}"
-        self._add(part, at(brief(name)), f"no such part{offer}")
+        self._add(part, prefix + brief(name), f"no such part{offer}")
+    unknown = any(name not in fields for name in node.value)  # most likely the one that is missed
     for name, field in fields.items():
-      if name not in values and field.default is field.default_factory is dataclasses.MISSING:
-        self._add(node, at(name), f"is missing; write {_words(hints[name])}")
-    if len(self.problems) > before:
+      if name not in values and not unknown and _required(field):
+        self._add(node, prefix + name, f"is missing; write {_words(hints[name])}")
+    if self.wrong > before:
       return None
     try:
       return cls(**values)
     except ConfigError as e:
-      self._add(node.value.get(e.where, node), at(e.where), e.problem)
+      self._add(node.value.get(e.where, node), prefix + e.where, e.problem)
       return None
 
   def _value(self, hint: Any, node: Node, path: str) -> Any:
     optional = get_origin(hint) in (typing.Union, types.UnionType)
     inner = next(a for a in get_args(hint) if a is not type(None)) if optional else hint
+    if isinstance(node.value, str) and REFERENCE.search(node.value):  # `fill` has said why
+      self.wrong += 1
+      return None
     if not dataclasses.is_dataclass(inner):
       try:
         return coerce(hint, node)
@@ -189,7 +207,15 @@ class _Reading:
     return self.build(typing.cast(type, inner), node, path)
 
   def _add(self, node: Node, path: str, problem: str) -> None:
+    self.wrong += 1
     self.problems.append((node.line, path, problem, node.origin))
+
+
+def _filled(value: Any, line: int, origin: str) -> Node:
+  if isinstance(value, tuple):
+    return Node([_filled(item, line, origin) for item in value], line, origin=origin)
+  text = value if isinstance(value, str) else render(value)
+  return Node(text, line, quoted=isinstance(value, str), origin=origin)
 
 
 def _merged(base: Node, over: Node) -> Node:
@@ -200,6 +226,10 @@ def _merged(base: Node, over: Node) -> Node:
   for name, node in over.value.items():
     entries[name] = _merged(entries[name], node) if name in entries else node
   return dataclasses.replace(over, value=entries)
+
+
+def _required(field: dataclasses.Field) -> bool:
+  return field.default is field.default_factory is dataclasses.MISSING
 
 
 def _words(hint: Any) -> str:

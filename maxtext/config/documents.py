@@ -1,13 +1,14 @@
 """YAML as a tree of text that knows its lines, and where configuration files are looked for.
 
-Scalars stay the text that was written: what a value means is decided where its type is known, so that
-`run_name: 007` remains 007, `progress_bar: on` remains on, and `1e-4` is a number.
+Scalars stay the text that was written: what a value means is decided where its type is known, so
+that `run_name: 007` remains 007, `progress_bar: on` remains on, and `1e-4` is a number.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,6 +38,11 @@ class Node:
     return not self.quoted and self.value in ("", "~", "null", "Null", "NULL")
 
   @property
+  def entries(self) -> dict[str, Node]:
+    """What a mapping maps; nothing where it is none."""
+    return self.value if isinstance(self.value, dict) else {}
+
+  @property
   def kind(self) -> str:
     return {str: "text", list: "a list", dict: "a mapping"}[type(self.value)]
 
@@ -55,6 +61,8 @@ def parse(text: str, complain: Complain) -> Node:
   except yaml.YAMLError as e:
     reason = getattr(e, "reason", str(e))
     complain(0, f"not YAML: {reason}; a configuration is plain text")
+  except _Alias as e:
+    complain(e.args[0], "a list or mapping is repeated by an alias (*name); write it out")
   except RecursionError:
     complain(0, "not a configuration: lists or mappings are nested too deeply; one level is enough")
   return EMPTY
@@ -69,7 +77,9 @@ def read(path: Path, complain: Complain) -> Node:
     complain(0, "is a folder; name a file in it, as config.yml")
     return EMPTY
   except (OSError, ValueError) as e:
-    complain(0, f"cannot be read: {getattr(e, 'strerror', None) or e}; check the path and its permissions")
+    complain(
+      0, f"cannot be read: {getattr(e, 'strerror', None) or e}; check the path and its permissions"
+    )
     return EMPTY
   if len(data) > LARGEST:
     complain(0, "is larger than 1 MB, no configuration is; check the path")
@@ -86,6 +96,10 @@ def read(path: Path, complain: Complain) -> Node:
   return root
 
 
+class _Alias(Exception):
+  """A list or mapping occurs a second time, on this line."""
+
+
 @dataclasses.dataclass
 class _Tree:
   """From PyYAML's nodes to ours; refuses what a configuration has no use for."""
@@ -95,13 +109,12 @@ class _Tree:
 
   def node(self, node: yaml.Node, line: int = 0) -> Node:
     line = line or node.start_mark.line + 1
-    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
+    if not re.match(r"tag:yaml\.org,2002:(?!python)", node.tag):
       self.complain(line, f"the tag {node.tag[:40]!r} means nothing here; leave it away")
     if isinstance(node, yaml.ScalarNode):
       return Node(node.value, line, quoted=node.style is not None)
     if id(node) in self.seen:
-      self.complain(line, "a list or mapping is repeated by an alias (*name); write it out")
-      return Node([] if isinstance(node, yaml.SequenceNode) else {}, line)
+      raise _Alias(line)
     self.seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
       return Node([self.node(item) for item in node.value], line)
@@ -112,10 +125,14 @@ class _Tree:
     for key, value in node.value:
       line = key.start_mark.line + 1
       if not isinstance(key, yaml.ScalarNode):
-        self.complain(line, "a list or mapping cannot be a key; put quotes around text that has brackets")
+        self.complain(
+          line, "a list or mapping cannot be a key; put quotes around text that has brackets"
+        )
       elif key.value in entries:
         first = entries[key.value].line
-        self.complain(line, f"{key.value[:60]!r} stands here and on line {first} too; keep one of them")
+        self.complain(
+          line, f"{key.value[:60]!r} stands here and on line {first} too; keep one of them"
+        )
       else:
         entries[key.value] = self.node(value, line)
     return entries
@@ -132,9 +149,9 @@ def _advice(error: str) -> str:
 
 
 def find(name: str, beside: Path | None = None) -> Path | None:
-  """A configuration file: as typed, then `beside` the file that names it, then among the packaged ones.
+  """A configuration file: as typed, or `beside` the file that names it, or a packaged one.
 
-  There it is found with or without `configs/` in front and `.yml` behind.
+  The last is found with or without `configs/` in front and `.yml` behind.
   """
   if not name or "\0" in name:
     return None
@@ -172,7 +189,7 @@ def missing(name: str) -> str:
 
 
 def shown(path: Path) -> str:
-  """A path as messages spell it: from the packaged folder or the working directory, or its long end."""
+  """A path as messages spell it: from the packaged or the working folder, or its long end."""
   for root, prefix in ((PACKAGED, "configs"), (Path.cwd(), "")):
     try:
       return str(Path(prefix) / path.absolute().relative_to(root))

@@ -14,11 +14,13 @@ from maxtext.config.checks import Purpose
 from maxtext.config.complaints import Complain, Complaint, lines
 from maxtext.config.config import RULES, Config
 from maxtext.config.decoder import BlockFile, spec
-from maxtext.config.documents import EMPTY, Node
+from maxtext.config.devices import on_devices
+from maxtext.config.documents import EMPTY
 from maxtext.config.sections import HINTS, SECTIONS, hint_of
 from maxtext.config.sources import BASE, Setting
 from maxtext.config.values import Unfit, coerce, shown
 from maxtext.errors import ConfigErrors, closest
+
 
 def load(
   argv: Sequence[str], environ: Mapping[str, str] = os.environ, purpose: Purpose = "train"
@@ -36,7 +38,7 @@ def load(
   problems = [*_of_sections(config), *checks.of_run(config, purpose, environ)]
   devices = config.run.known_devices(environ)
   if devices is not None and purpose == "train":
-    problems += checks.on_devices(config, devices)
+    problems += on_devices(config, devices)
   found += checks.settle(config, problems, failed)
   if not found:
     found += _of_block(config)
@@ -60,7 +62,8 @@ def typed(
   history: Mapping[str, tuple[Setting, ...]], complain: Complain
 ) -> tuple[dict[str, Any], set[str]]:
   """Each key's value, and the keys that have a wrong one somewhere."""
-  failed, read = set(), {}
+  failed: set[str] = set()
+  read: dict[str, list[tuple[Setting, Any]]] = {}
   for key, settings in history.items():
     read[key] = []
     for setting in settings:
@@ -77,9 +80,11 @@ def typed(
 def _merged_rules(
   read: list[tuple[Setting, dict[str, tuple[str, ...]]]], override: bool, complain: Complain
 ) -> dict[str, tuple[str, ...]]:
-  """The rules merged by name; with `override`, without those of base.yml."""
+  """The rules merged by name; with `override`, what they do not name is not split."""
   known = read[0][1]
   merged: dict[str, tuple[str, ...]] = {}
+  if override:
+    merged = dict.fromkeys(known, ())
   for setting, rules in read:
     for name in rules:
       if name not in known:
@@ -93,7 +98,7 @@ def _merged_rules(
 def _block(
   values: dict[str, Any], history: Mapping[str, tuple[Setting, ...]], complain: Complain
 ) -> BlockFile:
-  """The decoder block file; the value of `decoder_block` becomes the whole path of a file of one's own."""
+  """The decoder block file; for a file of one's own, `decoder_block` becomes its whole path."""
   name, setting = values["decoder_block"], history["decoder_block"][-1]
   known = documents.names("decoder_blocks")
   if "/" in name or name.endswith((".yml", ".yaml")):

@@ -25,16 +25,19 @@ class Run:
 
   def complaints(self) -> Iterator[tuple[str, ...]]:
     if self.run_name and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,99}", self.run_name):
-      yield "run_name", (
-        f"{self.run_name!r} cannot name a folder; use at most 100 of the letters A-Z a-z 0-9 . _ + = -, "
-        "the first of them a letter, a digit or _"
+      yield (
+        "run_name",
+        (
+          f"{self.run_name!r} cannot name a folder; use at most 100 of A-Z a-z 0-9 . _ + = -, "
+          "first a letter, a digit or _"
+        ),
       )
     if not self.base_output_directory:
       yield "base_output_directory", "is empty; name a folder, for instance runs"
     if self.devices is not None and self.hardware != "cpu":
       yield (
         "devices",
-        f"virtual devices exist on CPUs only; add hardware=cpu (now {self.hardware}), or leave devices away",
+        "virtual devices exist on CPUs only; set hardware=cpu, or leave devices away",
         "hardware",
       )
 
@@ -44,7 +47,9 @@ class Run:
       return None
     if self.devices is not None:
       return self.devices
-    if self.hardware == "cpu" or (self.hardware == "auto" and environ.get("JAX_PLATFORMS") == "cpu"):
+    if self.hardware == "cpu" or (
+      self.hardware == "auto" and environ.get("JAX_PLATFORMS") == "cpu"
+    ):
       return self.forced_devices(environ) or 1
     return None
 

@@ -6,10 +6,11 @@ base.yml < model preset < base_config chain < the run's file < environment M_<KE
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from maxtext.config import documents
+from maxtext.config import complaints, documents
 from maxtext.config.complaints import Complain, Complaint
 from maxtext.config.documents import EMPTY, Node
 from maxtext.config.sections import SECTION_OF, SECTIONS, hint_of
@@ -43,18 +44,23 @@ File = tuple[Path, Node]
 def gather(
   name: str | None, typed: Iterable[Setting], environ: Mapping[str, str], complain: Complain
 ) -> list[Setting]:
-  """All settings in ascending precedence: around the file `name`, and `typed` on the command line."""
+  """All settings in ascending precedence, given the run's file and what the command line sets."""
   files = _chain(name, complain) if name else []
   own = [s for i, file in enumerate(files) for s in _of_file(file, CHAIN + i, complain)]
   own = _known([*own, *_of_environment(environ), *typed], complain)
   _refuse_contradictions(own, complain)
-  return [*defaults(complain), *_of_preset(own, complain), *own]
+  return [*defaults(), *_of_preset(own, complain), *own]
 
 
-def defaults(complain: Complain) -> list[Setting]:
+@functools.cache
+def defaults() -> tuple[Setting, ...]:
   """What base.yml sets: every key."""
   path = documents.PACKAGED / "base.yml"
-  return _known(_of_file((path, _read(path, complain)), BASE, complain), complain)
+  return tuple(_of_file((path, _read(path, _defect)), BASE, _defect))
+
+
+def _defect(complaint: Complaint) -> None:
+  raise AssertionError(f"base.yml itself is wrong: {complaint}")
 
 
 def of_text(text: str) -> list[Setting]:
@@ -65,12 +71,12 @@ def of_text(text: str) -> list[Setting]:
 
 
 def value_node(key: str, text: str) -> Node:
-  """A value from the command line or the environment: as typed, but lists and mappings are parsed."""
+  """A value from command line or environment: as typed, but lists and mappings are parsed."""
   if key in SECTION_OF and text.startswith(("[", "{")) and not takes_text(hint_of(key)):
     problems: list[str] = []
     node = documents.parse(text, lambda _, problem: problems.append(problem))
     return Node(text) if problems else node
-  return Node(text, quoted=not text)
+  return Node(text, quoted=not text and key in SECTION_OF and takes_text(hint_of(key)))
 
 
 def _known(settings: Iterable[Setting], complain: Complain) -> list[Setting]:
@@ -108,7 +114,7 @@ def _read(path: Path, complain: Complain) -> Node:
 def _chain(name: str, complain: Complain) -> list[File]:
   """The run's file and those its `base_config` leads to, the deepest first."""
   files: list[File] = []
-  where, key, beside = "command line", "", None
+  where, key, beside = complaints.COMMAND_LINE, "", None
   while name:
     path = documents.find(name, beside)
     if path is None:
@@ -120,7 +126,7 @@ def _chain(name: str, complain: Complain) -> list[File]:
       break
     root = _read(path, complain)
     files.append((path, root))
-    node = root.value.get("base_config", EMPTY)
+    node = root.entries.get("base_config", EMPTY)
     where, key, beside = f"{documents.shown(path)}:{node.line}", "base_config", path.parent
     if not isinstance(node.value, str) and node is not EMPTY:
       complain(Complaint(where, key, f"is {node.kind}; name one file, which may name the next"))
@@ -131,7 +137,8 @@ def _chain(name: str, complain: Complain) -> list[File]:
 def _of_file(file: File, level: int, complain: Complain) -> list[Setting]:
   """A file's settings, flat or grouped under the sections' names."""
   path, root = file
-  place, first, settings = documents.shown(path), {}, []
+  place, settings = documents.shown(path), list[Setting]()
+  first: dict[str, int] = {}
 
   def add(key: str, node: Node) -> None:
     where = f"{place}:{node.line}"
@@ -142,11 +149,11 @@ def _of_file(file: File, level: int, complain: Complain) -> list[Setting]:
       first[key] = node.line
       settings.append(Setting(key, key, where, level, node, path.parent))
 
-  for name, node in root.value.items():
+  for name, node in root.entries.items():
     if name in SECTIONS and isinstance(node.value, dict):
-      for key, inner in node.value.items():
+      for key, inner in node.entries.items():
         if SECTION_OF.get(key, name) != name:
-          problem = f"belongs to section {SECTION_OF[key]}, not {name}; move it there or out of all sections"
+          problem = f"belongs to section {SECTION_OF[key]}, not {name}; move it there"
           complain(Complaint(f"{place}:{inner.line}", key, problem))
         else:
           add(key, inner)
@@ -162,7 +169,9 @@ def _of_environment(environ: Mapping[str, str]) -> list[Setting]:
   settings = []
   for name in sorted(n for n in environ if n.startswith("M_")):
     key = name[2:].lower() if name == name.upper() else name
-    settings.append(Setting(key, name, "environment", ENVIRONMENT, value_node(key, environ[name])))
+    settings.append(
+      Setting(key, name, complaints.ENVIRONMENT, ENVIRONMENT, value_node(key, environ[name]))
+    )
   return settings
 
 
@@ -190,7 +199,9 @@ def _refuse_contradictions(own: list[Setting], complain: Complain) -> None:
     other = typed.setdefault(setting.key, setting)
     if not _same(other, setting):
       there = "in the environment" if other.level == ENVIRONMENT else "on the same command line"
-      problem = f"{shown(setting.text)} here, but {other.typed}={brief(other.text)} {there}; remove one"
+      problem = (
+        f"{shown(setting.text)} here, but {other.typed}={brief(other.text)} {there}; remove one"
+      )
       complain(Complaint(setting.where, setting.typed, problem))
 
 

@@ -26,6 +26,8 @@ class Unfit(Exception):
 def coerce(hint: Any, node: Node) -> Any:
   """The value of `node` as `hint` wants it; raises Unfit."""
   origin, args = get_origin(hint), get_args(hint)
+  if node.value == "" and not node.quoted and origin is not tuple:
+    _refuse_nothing(hint)
   if origin is Annotated:
     return _bounded(coerce(args[0], node), hint)
   if origin in (typing.Union, types.UnionType):
@@ -36,10 +38,14 @@ def coerce(hint: Any, node: Node) -> Any:
     return _mapping(args[1], node)
   if not isinstance(node.value, str):
     raise Unfit(f"is {node.kind}; write {words(hint)}")
-  if node.null and (hint is str or not node.value):
-    empty = "'' to leave it empty" if hint is str else words(hint)
-    raise Unfit(f"{node.value or 'nothing'} is no value for it; write {empty}")
+  if node.null and hint is str:
+    _refuse_nothing(hint, node.value)
   return _scalar(hint, node.value, node.quoted)
+
+
+def _refuse_nothing(hint: Any, text: str = "") -> typing.NoReturn:
+  right = "'' to leave it empty" if hint is str else words(hint)
+  raise Unfit(f"{text or 'nothing'} is no value for it; write {right}")
 
 
 def _scalar(hint: Any, text: str, quoted: bool) -> Any:
@@ -74,7 +80,9 @@ def _int(text: str) -> int:
     return int(text)
   inner = text.strip("'\" ")
   if re.fullmatch(r"[-+]?[0-9]+", inner):
-    raise Unfit(f"{shown(text)} is not written as a number; write {shown(str(int(inner[:30])))[1:-1]}")
+    raise Unfit(
+      f"{shown(text)} is not written as a number; write {shown(str(int(inner[:30])))[1:-1]}"
+    )
   try:
     number = float(text)
   except ValueError:
@@ -114,6 +122,8 @@ def _tuple(hint: Any, node: Node) -> tuple[Any, ...]:
   if isinstance(node.value, str):  # one entry needs no brackets
     if node.null or not node.value:
       raise Unfit("nothing is no list; write [] for an empty one")
+    if node.value.startswith(("[", "{")) and not node.quoted:
+      raise Unfit(f"{shown(node.value)} is not a list; its brackets or quotes are not closed")
     if "," in node.value and not node.quoted:
       raise Unfit(f"{shown(node.value)} is not a list; write [{brief(node.value, 60)}]")
     return (coerce(hint, node),)
@@ -121,19 +131,10 @@ def _tuple(hint: Any, node: Node) -> tuple[Any, ...]:
 
 
 def _mapping(hint: Any, node: Node) -> dict[str, Any]:
-  """A mapping, also written as a list of pairs [[name, value], ...]; an empty value is an empty list."""
-  if isinstance(node.value, list):
-    pairs = [item.value for item in node.value]
-    if any(not isinstance(p, list) or len(p) != 2 or not isinstance(p[0].value, str) for p in pairs):
-      raise Unfit("is a list; write a mapping, as {embed: [fsdp]}, or pairs, as [[embed, [fsdp]]]")
-    found = [p[0].value for p in pairs]
-    if repeated := [name for name in found if found.count(name) > 1]:
-      raise Unfit(f"{shown(repeated[0])} stands twice; write one entry with all of its axes")
-    entries = {p[0].value: p[1] for p in pairs}
-  elif isinstance(node.value, dict):
-    entries = node.value
-  else:
+  """A mapping, also written as pairs [[name, value], ...]; an empty value is an empty list."""
+  if isinstance(node.value, str):
     raise Unfit(f"{shown(node.value)} is not a mapping; write one, as {{embed: [fsdp]}}")
+  entries = _pairs(node.value) if isinstance(node.value, list) else node.value
   values = {}
   for name, item in entries.items():
     try:
@@ -143,11 +144,22 @@ def _mapping(hint: Any, node: Node) -> dict[str, Any]:
   return values
 
 
+def _pairs(items: list[Node]) -> dict[str, Node]:
+  entries: dict[str, Node] = {}
+  for item in items:
+    pair = item.value if isinstance(item.value, list) else []
+    if len(pair) != 2 or not isinstance(name := pair[0].value, str):
+      raise Unfit("is a list; write a mapping, as {embed: [fsdp]}, or pairs, as [[embed, [fsdp]]]")
+    if name in entries:
+      raise Unfit(f"{shown(name)} stands twice; write one entry with all of its axes")
+    entries[name] = pair[1]
+  return entries
+
+
 def _bounded(value: Any, hint: Any) -> Any:
   for bound in get_args(hint)[1:]:
     if isinstance(bound, Bound) and not bound.admits(value):
-      limit = bound.words if value < bound.low else f"at most {bound.high:g}"
-      limit = f"at most {LARGEST}" if value > bound.high == LARGEST else limit
+      limit = f"at most {LARGEST}" if value > bound.high == LARGEST else bound.words
       raise Unfit(f"{shown(str(value))[1:-1]} is out of range; use {limit}")
   return value
 

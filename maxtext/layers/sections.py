@@ -1,4 +1,4 @@
-"""Settings of the layers: number formats, what the backward pass keeps, and the attention kernel."""
+"""Settings of the layers: number formats, what the backward pass keeps, the attention kernel."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """Stands here, not in kernels/, because that package registers its kernels, with jax, when imported."""
+  """Stands here, and not in kernels/, because importing that package imports jax."""
 
   attention: Literal["autoselected", "dot_product", "blockwise"]

@@ -33,7 +33,7 @@ class Training:
 
 
 def rows(per_device: float, devices: int) -> int:
-  """`per_device` rows, maybe a fraction, on each of `devices`; 0 where that is not a whole number."""
+  """`per_device` rows, maybe a fraction, on each of `devices`; 0 where that is no whole number."""
   n = round(per_device * devices)
   return n if abs(n - per_device * devices) < 1e-6 * devices else 0
 
@@ -59,18 +59,21 @@ class Optimizer:
     for beta in ("adam_b1", "adam_b2"):
       if getattr(self, beta) == 1:
         yield beta, "1 never forgets the first gradient; use a fraction below 1"
-    if self.lr_schedule_type == "wsd" and self.warmup_steps_fraction + self.wsd_decay_steps_fraction > 1:
+    if (
+      self.lr_schedule_type == "wsd"
+      and self.warmup_steps_fraction + self.wsd_decay_steps_fraction > 1
+    ):
       yield (
         "wsd_decay_steps_fraction",
-        f"warmup {self.warmup_steps_fraction:g} and decay {self.wsd_decay_steps_fraction:g} are together "
-        "more than the whole schedule; make their sum at most 1",
+        f"warmup {self.warmup_steps_fraction:g} and decay {self.wsd_decay_steps_fraction:g} are "
+        "together more than the whole schedule; make their sum at most 1",
         "warmup_steps_fraction",
       )
     for pattern in self.adamw_mask:
       try:
         re.compile(pattern)
       except re.error as e:
-        yield "adamw_mask", f"{pattern!r} is not a regular expression: {e}; correct or quote it"
+        yield "adamw_mask", f"{pattern!r} is not a regular expression: {e}; correct it"
 
 
 @dataclasses.dataclass(frozen=True)

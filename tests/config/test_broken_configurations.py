@@ -1,0 +1,608 @@
+"""Ways to get a configuration wrong, each refused in one short line that says what is right."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ON_8 = "hardware=cpu devices=8 "
+
+# What is typed (split at spaces), and what the one line of complaint must contain.
+COMMAND_LINES = [
+  # names
+  ("learning_rat=1e-4", "learning_rat: no such key, did you mean 'learning_rate'?"),
+  ("Steps=3", "Steps: no such key, did you mean 'steps'?"),
+  ("ici_tensor_paralelism=2", "did you mean 'ici_tensor_parallelism'?"),
+  ("zzzz=1", "zzzz: no such key", "python -m maxtext.explain"),
+  ("training.steps=3", "training.steps: keys stand alone here; write steps=VALUE"),
+  ("training=3", "training: is a section", "steps=VALUE"),
+  ("base_config=other.yml", "base_config: belongs in a file", "as the first argument"),
+  ("--steps=3", "--steps=3: settings have no dashes; write steps=3"),
+  ("--run-name=x", "write run_name=x"),
+  ("--steps", "write steps=VALUE"),
+  ("steps", "steps: has no value; write steps=VALUE"),
+  ("steps = 3", "steps: write steps=3, without spaces"),
+  ("steps =3", "steps: write steps=3, without spaces"),
+  ("=3", "=: is not the name of a key", "write key=value"),
+  ("st-eps=3", "st-eps: is not the name of a key, did you mean 'steps'?"),
+  ("base.yml base.yml", "base.yml: is a second file", "base_config"),
+  ("base.yml step", "step: is neither key=value", "did you mean 'steps'?"),
+  ("steps=3 steps=4", "steps: '4' here, but steps=3 on the same command line; remove one"),
+  # files and presets
+  ("absent.yml", "'absent.yml': no such file", "give the path of a YAML file"),
+  ("configs/bas.yml", "'configs/bas.yml': no such file, did you mean 'configs/base.yml'?"),
+  ("configs", "configs", "is a folder; name a file in it"),
+  ("model_name=llama2-7", "'llama2-7' is no model preset, did you mean 'llama2-7b'?"),
+  ("model_name=../base", "'../base' is no model preset", "configs/models:"),
+  ("decoder_block=lama2", "decoder_block: 'lama2' is no decoder block, did you mean 'llama2'?"),
+  ("decoder_block=./own.yml", "decoder_block: './own.yml': no such file"),
+  (
+    "decoder_block=",
+    "decoder_block: '' is no decoder block (gpt3, llama2, or the path of a .yml file)",
+  ),
+  # whole numbers
+  ("steps=ten", "steps: 'ten' is not a whole number; write digits, as 10"),
+  ("steps=1e3", "steps: '1e3' is not written as a whole number; write 1000"),
+  ("steps=10.0", "write 10"),
+  ("steps=2.5", "steps: '2.5' is not a whole number"),
+  ("steps=010", "steps: '010' is not written as a number; write 10"),
+  ("steps=0x10", "steps: '0x10' is not a whole number"),
+  ("steps='10'", "is not written as a number; write 10"),
+  ("steps=true", "steps: 'true' is not a whole number"),
+  ("steps=nan", "steps: 'nan' is not a whole number"),
+  ("steps=inf", "steps: 'inf' is not a whole number"),
+  ("steps=", "steps: nothing is no value for it; write a whole number, at least 1"),
+  ("steps=null", "steps: 'null' is not a whole number"),
+  ("steps=[1,2]", "steps: is a list; write a whole number"),
+  ("steps={a:1}", "steps: is a mapping; write a whole number"),
+  ("steps=0", "steps: 0 is out of range; use at least 1"),
+  ("steps=-5", "steps: -5 is out of range; use at least 1"),
+  ("steps=99999999999", "steps: 99999999999 is out of range; use at most 2147483647"),
+  ("steps=" + "9" * 5000, "steps: '999", "is too large; use at most 2147483647"),
+  ("base_emb_dim=-256", "base_emb_dim: -256 is out of range; use at least 1"),
+  ("base_num_decoder_layers=0", "base_num_decoder_layers: 0 is out of range"),
+  ("vocab_size=-1", "vocab_size: -1 is out of range; use at least 1"),
+  ("checkpoint_period=0", "checkpoint_period: 0 is out of range; use at least 1"),
+  ("eval_interval=0", "eval_interval: 0 is out of range; use at least 1, or -1"),
+  ("num_epoch=-2", "num_epoch: -2 is out of range; use at least 1, or -1"),
+  ("data_shuffle_seed=-1", "data_shuffle_seed: -1 is out of range; use at least 0"),
+  ("init_weights_seed=99999999999", "init_weights_seed: 99999999999 is out of range"),
+  ("max_target_length=0", "max_target_length: 0 is out of range"),
+  ("gradient_accumulation_steps=0", "gradient_accumulation_steps: 0 is out of range"),
+  ("sliding_window_size=0", "sliding_window_size: 0 is out of range; use at least 1"),
+  (
+    "tokenizer_type=bpe tokenizer_vocab_size=100",
+    "tokenizer_vocab_size: 100 is out of range; use at least 260",
+  ),
+  ("num_slices=0", "num_slices: 0 is out of range"),
+  # numbers
+  ("learning_rate=high", "learning_rate: 'high' is not a number; write digits, as 0.1 or 1e-4"),
+  ("learning_rate='1e-4'", "is not a number; write 1e-4"),
+  ("learning_rate=0,001", "learning_rate: '0,001' is not a number; write 0.001"),
+  ("warmup_steps_fraction=5%", "warmup_steps_fraction: '5%' is not a number"),
+  ("learning_rate=nan", "learning_rate: 'nan' is not a finite number"),
+  ("learning_rate=1e999", "learning_rate: '1e999' is not a finite number"),
+  ("learning_rate=1e39", "learning_rate: '1e39' is not a finite number in float32"),
+  ("learning_rate=-1", "learning_rate: -1.0 is out of range; use at least 0"),
+  (
+    "warmup_steps_fraction=1.5",
+    "warmup_steps_fraction: 1.5 is out of range; use at least 0 and at most 1",
+  ),
+  ("dropout_rate=1", "dropout_rate: 1 drops everything; use a fraction below 1"),
+  ("adam_b2=1", "adam_b2: 1 never forgets", "use a fraction below 1"),
+  ("adam_eps=0", "adam_eps: 0.0 is out of range; use above 0"),
+  ("per_device_batch_size=0", "per_device_batch_size: 0.0 is out of range; use above 0"),
+  ("eval_fraction=0.9", "eval_fraction: 0.9 is out of range; use at least 0 and at most 0.5"),
+  ("decode_sampling_strategy=nucleus decode_sampling_nucleus_p=0", "out of range; use above 0"),
+  # choices, booleans, lists, texts
+  (
+    "attention=blokwise",
+    "attention: 'blokwise' is not known, did you mean 'blockwise'?",
+    "dot_product",
+  ),
+  ("attention=flash", "attention: 'flash' is not known (autoselected, dot_product, blockwise)"),
+  ("dtype=fp32", "dtype: 'fp32' is not known", "(float32, bfloat16)"),
+  ("opt_type=adam", "opt_type: 'adam' is not known, did you mean 'adamw'? (adamw, sgd)"),
+  ("lr_schedule_type=cosin", "did you mean 'cosine'?"),
+  ("remat_policy=ful", "remat_policy: 'ful' is not known, did you mean 'full'?"),
+  ("hardware=tpus", "hardware: 'tpus' is not known, did you mean 'tpu'?"),
+  ("dataset_type=hf", "dataset_type: 'hf' is not known (text, synthetic)"),
+  ("dataset_type=Text", "dataset_type: 'Text' is not known, did you mean 'text'?"),
+  ("mu_dtype=int8", "mu_dtype: 'int8' is not known"),
+  ("packing=maybe", "packing: 'maybe' is neither true nor false; write one of these"),
+  ("packing=1", "packing: '1' is neither true nor false"),
+  ("packing=", "packing: nothing is no value for it; write true or false"),
+  ("mlp_activations=[swish,linear]", "mlp_activations: 'swish' is not known (silu, gelu"),
+  (
+    "mlp_activations=silu,linear",
+    "mlp_activations: 'silu,linear' is not a list; write [silu,linear]",
+  ),
+  (
+    "mlp_activations=[silu",
+    "mlp_activations: '[silu' is not a list; its brackets or quotes are not closed",
+  ),
+  (
+    "mlp_activations=[silu,gelu]",
+    "mlp_activations: [silu, gelu] must be one activation, as [gelu]",
+  ),
+  ("mlp_activations=[]", "mlp_activations: [] must be one activation"),
+  ("mlp_activations=", "mlp_activations: nothing is no list; write [] for an empty one"),
+  ("adamw_mask=[norm(]", "adamw_mask: 'norm(' is not a regular expression", "correct it"),
+  ("resume_changes=[step]", "resume_changes: 'step' is no key, did you mean 'steps'?"),
+  ("run_name=a/b", "run_name: 'a/b' cannot name a folder; use"),
+  ("run_name=..", "run_name: '..' cannot name a folder"),
+  ("run_name=" + "x" * 200, "cannot name a folder; use at most 100"),
+  ("base_output_directory=", "base_output_directory: is empty; name a folder, for instance runs"),
+  ("run_name=null", "run_name: null is no value for it; write '' to leave it empty"),
+  # the model
+  (
+    "base_num_kv_heads=3",
+    "8 query heads cannot share 3 kv heads evenly",
+    "one of 1, 2, 4, 8",
+    "configs/base.yml:",
+  ),
+  (
+    "base_num_query_heads=6 head_dim=32",
+    "base_num_query_heads: 6 query heads cannot share 4 kv heads",
+    "(base_num_kv_heads=4, configs/base.yml:",
+  ),
+  ("head_dim=", "head_dim: nothing is no value for it; write a whole number, at least 1, or null"),
+  ("base_emb_dim=100", "base_emb_dim: width 100 is not a multiple of 8 heads", "or set head_dim"),
+  ("head_dim=33", "head_dim: a head dimension of 33 is odd", "make it even"),
+  ("base_emb_dim=24", "base_emb_dim: a head dimension of 3 is odd"),
+  ("global_parameter_scale=3", "global_parameter_scale: 3 is not a power of two; use 2 or 4"),
+  ("rope_max_timescale=0.5", "rope_max_timescale: 0.5 must be above rope_min_timescale=1"),
+  (
+    "vocab_size=100",
+    "vocab_size: 100 rows are fewer than the tokenizer's 259 tokens; use at least 259",
+  ),
+  (
+    "decoder_block=gpt3 rope_max_timescale=500000",
+    "rope_max_timescale: decoder block 'gpt3' does not use it",
+  ),
+  (
+    "decoder_block=gpt3 mlp_activations=[relu]",
+    "mlp_activations: decoder block 'gpt3' does not use it",
+  ),
+  (
+    "trainable_position_size=4096",
+    "trainable_position_size: decoder block 'llama2' does not use it",
+  ),
+  (
+    "decoder_block=gpt3 max_target_length=4096",
+    "max_target_length: 4096 tokens are longer than the learned positions",
+    "use at most 2048",
+  ),
+  # keys that contradict each other, or do nothing
+  (
+    "load_parameters_path=. load_full_state_path=.",
+    "load_parameters_path: a run starts from parameters or from a full",
+    "leave one",
+  ),
+  (
+    "target_eval_loss=2",
+    "target_eval_loss: without evaluation no loss can reach the target; set eval_interval",
+  ),
+  ("eval_steps=4", "eval_steps: has an effect only with an eval_interval of at least 1"),
+  (
+    "lr_schedule_type=wsd warmup_steps_fraction=0.6 wsd_decay_steps_fraction=0.6",
+    "together more than the whole",
+  ),
+  (
+    "wsd_decay_steps_fraction=0.2",
+    "wsd_decay_steps_fraction: has an effect only with lr_schedule_type=wsd",
+  ),
+  ("opt_type=sgd adam_b1=0.8", "adam_b1: has an effect only with opt_type=adamw"),
+  (
+    "lr_schedule_type=constant learning_rate_final_fraction=0.5",
+    "another lr_schedule_type than constant",
+  ),
+  (
+    "packing=false grain_packing_type=best_fit",
+    "grain_packing_type: has an effect only with packing=true",
+  ),
+  ("tokenizer_vocab_size=8000", "tokenizer_vocab_size: has an effect only with tokenizer_type=bpe"),
+  (
+    "decode_sampling_top_k=5",
+    "decode_sampling_top_k: has an effect only with decode_sampling_strategy=topk",
+  ),
+  (
+    "decode_sampling_temperature=0.5",
+    "decode_sampling_temperature: has an effect only with another",
+  ),
+  ("prompt=a prompts_file=b", "prompt: give one prompt, or a prompts_file with one a line"),
+  (
+    "enable_checkpointing=false save_checkpoint_on_start=true",
+    "has an effect only with enable_checkpointing=true",
+  ),
+  (
+    "dataset_type=synthetic dataset_path=.",
+    "dataset_path: synthetic data reads no files; set dataset_type=text",
+  ),
+  (
+    "tokenizer_path=base.yml",
+    "tokenizer_path: the byte tokenizer reads no file; set tokenizer_type=bpe",
+  ),
+  ("devices=4", "devices: virtual devices exist on CPUs only; set hardware=cpu"),
+  # files that are not there
+  (
+    "tokenizer_type=bpe tokenizer_path=absent.json",
+    "tokenizer_path: 'absent.json': no such file",
+    "to train one",
+  ),
+  (
+    "dataset_path=absent",
+    "dataset_path: 'absent' holds no .txt .jsonl .md .py file; name a file, folder or glob",
+  ),
+  ("dataset_path=*.txt", "dataset_path: '*.txt' holds no"),
+  (
+    "load_parameters_path=absent",
+    "load_parameters_path: 'absent': no such folder; name a run's folder",
+  ),
+  ("load_full_state_path=absent", "load_full_state_path: 'absent': no such folder"),
+  (
+    "base_output_directory=/dev/null/runs",
+    "base_output_directory: '/dev/null/runs': /dev/null is a file",
+  ),
+  # devices, meshes and batches
+  (
+    ON_8 + "ici_tensor_parallelism=3",
+    "ici_tensor_parallelism: 8 devices cannot be arranged as tensor 3",
+    "make the product a divisor of 8",
+  ),
+  (
+    ON_8 + "ici_fsdp_parallelism=4",
+    "ici_fsdp_parallelism: 8 devices cannot be arranged as fsdp 4",
+    "-1",
+  ),
+  (ON_8 + "ici_tensor_parallelism=16", "8 devices cannot be arranged as tensor 16"),
+  (
+    ON_8 + "ici_tensor_parallelism=8",
+    "4 kv heads cannot be split over tensor 8; divisors are 1, 2, 4",
+  ),
+  (
+    ON_8 + "ici_tensor_parallelism=2 base_mlp_dim=767",
+    "base_mlp_dim: 767 mlp channels cannot be split over tensor 2",
+  ),
+  (ON_8 + "base_emb_dim=100 head_dim=32", "base_emb_dim: 100 channels cannot be split over fsdp 8"),
+  (
+    ON_8 + "per_device_batch_size=0.3",
+    "per_device_batch_size: 0.3 rows on 8 devices make 2.4; use a multiple of 1",
+  ),
+  (
+    ON_8 + "per_device_batch_size=0.5",
+    "per_device_batch_size: 4 rows on 8 devices cannot be split 8 ways",
+  ),
+  (
+    ON_8 + "eval_interval=5 eval_per_device_batch_size=0.5",
+    "eval_per_device_batch_size: 4 rows on 8 devices",
+  ),
+  (ON_8 + "num_slices=3", "num_slices: 8 devices do not make 3 equal slices"),
+  (
+    ON_8 + "dcn_fsdp_parallelism=2",
+    "dcn_fsdp_parallelism: 1 slices (num_slices) cannot be arranged as fsdp 2",
+  ),
+  (
+    "ici_data_parallelism=-1",
+    "ici_data_parallelism and ici_fsdp_parallelism are both -1; only one may take the rest",
+  ),
+  (
+    "ici_tensor_parallelism=-2",
+    "ici_tensor_parallelism: -2 is out of range; use at least 1, or -1",
+  ),
+  (
+    "ici_expert_parallelism=2",
+    "ici_expert_parallelism: 2: parallelism over 'expert' is not there yet; use 1",
+  ),
+  (
+    "ici_pipeline_parallelism=2",
+    "ici_pipeline_parallelism: 2: parallelism over 'stage' is not there yet; use 1",
+  ),
+  (
+    "dcn_context_parallelism=-1",
+    "dcn_context_parallelism: -1: parallelism over 'context' is not there yet",
+  ),
+  ("mesh_axes=[data,fsdp,data]", "mesh_axes: 'data' stands twice; name each axis once"),
+  ("mesh_axes=[data,tensr]", "mesh_axes: 'tensr' is not known, did you mean 'tensor'?"),
+  (
+    "mesh_axes=[data,fsdp] ici_tensor_parallelism=2",
+    "ici_tensor_parallelism=2, but mesh_axes does not name 'tensor'",
+  ),
+  ("mesh_axes=[]", "mesh_axes: is empty; name at least one axis"),
+  (
+    "logical_axis_rules={embd:[fsdp]}",
+    "logical_axis_rules: 'embd' is no logical axis, did you mean 'embed'?",
+  ),
+  (
+    "logical_axis_rules={embed:[fsd]}",
+    "logical_axis_rules: embed: 'fsd' is not known, did you mean 'fsdp'?",
+  ),
+  ("logical_axis_rules={embed:[fsdp,fsdp]}", "logical_axis_rules: embed names 'fsdp' twice"),
+  ("logical_axis_rules=[embed,fsdp]", "logical_axis_rules: is a list; write a mapping"),
+  (
+    "logical_axis_rules=embed",
+    "logical_axis_rules: 'embed' is not a mapping; write one, as {embed: [fsdp]}",
+  ),
+  (
+    "override_logical_axis_rules=true",
+    "override_logical_axis_rules: leaves no rule at all; write logical_axis_rules too",
+  ),
+  ("per_device_batch_size=1e30", "2.56e+32 tokens per device", "use fewer rows"),
+]
+
+# The text of run.yml, and what the one line of complaint must contain.
+FILES = [
+  (
+    "steps: 3\nlearning_rat: 1\n",
+    "run.yml:2  learning_rat: no such key, did you mean 'learning_rate'?",
+  ),
+  ("steps: 3\nsteps: 4\n", "run.yml:2  'steps' stands here and on line 1 too; keep one"),
+  ("steps: 3\ntraining:\n  steps: 4\n", "run.yml:3  steps: stands on line 1 too", "keep one"),
+  ("optimizer:\n  steps: 4\n", "run.yml:2  steps: belongs to section training, not optimizer"),
+  ("optimizer: 3\n", "run.yml:1  optimizer: is a section; write its keys below it"),
+  ("training:\n  stepss: 3\n", "run.yml:2  stepss: no such key, did you mean 'steps'?"),
+  (
+    "learning_rate: '1e-4'\n",
+    "run.yml:1  learning_rate: '1e-4' is text, because of its quotes; write 1e-4 without",
+  ),
+  ("steps: '10'\n", "run.yml:1  steps: '10' is text, because of its quotes; write 10 without"),
+  ("packing: 'true'\n", "run.yml:1  packing: 'true' is text, because of its quotes"),
+  ("steps:\n", "run.yml:1  steps: nothing is no value for it; write a whole number"),
+  ("run_name:\n", "run.yml:1  run_name: nothing is no value for it; write '' to leave it empty"),
+  ("steps: [10]\n", "run.yml:1  steps: is a list; write a whole number"),
+  ("steps: {a: 1}\n", "run.yml:1  steps: is a mapping; write a whole number"),
+  (
+    "steps: ${max_target_length}\n",
+    "run.yml:1  steps: '${max_target_length}' is not a whole number",
+  ),
+  ("run_name: x-${steps}\n", "run.yml:1  run_name: 'x-${steps}' cannot name a folder"),
+  (
+    "base_output_directory: ${HOME}/runs\n",
+    "run.yml:1  base_output_directory: '${HOME}/runs'",
+    "nothing is filled in",
+  ),
+  (
+    "mlp_activations: {a: b}\n",
+    "run.yml:1  mlp_activations: is a mapping; write a list, as [a, b]",
+  ),
+  (
+    "mlp_activations: [[silu], linear]\n",
+    "run.yml:1  mlp_activations: is a list; write one of silu",
+  ),
+  (
+    "logical_axis_rules: [[embed, [fsdp]], [embed, [tensor]]]\n",
+    "run.yml:1  logical_axis_rules: 'embed' stands twice",
+  ),
+  ("logical_axis_rules:\n- embed\n", "run.yml:1  logical_axis_rules: is a list; write a mapping"),
+  ("- steps\n- 3\n", "run.yml:1  the file holds a list; it must hold lines of `key: value`"),
+  ("just words\n", "run.yml:1  the file holds text; it must hold lines of `key: value`"),
+  ("steps: 3\n\tsteps: 4\n", "run.yml:2  not YAML", "with spaces"),
+  ("steps: [3\n", "run.yml:2  not YAML", "check indentation, brackets and quotes"),
+  ("prompt: 'open\n", "run.yml:2  not YAML", "quotes"),
+  ("prompt: a: b\n", "run.yml:1  not YAML", "put quotes around a value that contains ': '"),
+  ("steps: 3\n---\nsteps: 4\n", "run.yml:2  not YAML", "keep one document"),
+  ("steps: @3\n", "run.yml:1  not YAML"),
+  ("steps: *nowhere\n", "run.yml:1  not YAML: found undefined alias"),
+  ("steps: !!python/object:os.system 3\n", "run.yml:1  the tag", "leave it away"),
+  ("steps: !number 3\n", "run.yml:1  the tag '!number' means nothing here; leave it away"),
+  (
+    "adamw_mask: &a [x]\nmlp_activations: *a\n",
+    "run.yml:2  a list or mapping is repeated by an alias",
+    "write it out",
+  ),
+  ("adamw_mask: &a [*a]\n", "run.yml:1  a list or mapping is repeated by an alias"),
+  ("? [a]\n: 3\n", "run.yml:1  a list or mapping cannot be a key"),
+  ("<<: {steps: 3}\n", "run.yml:1  <<: no such key"),
+  ("[" * 3000, "run.yml  not a configuration", "nested too deeply"),
+  (b"\x89PNG\r\n\x1a\n\xff", "run.yml  is not UTF-8 text", "a configuration is a YAML text file"),
+  (b"steps: \x00\x01", "run.yml  not YAML: special characters are not allowed", "plain text"),
+  (b"# " + b"x" * (1 << 20), "run.yml  is larger than 1 MB"),
+  (
+    "base_config: run.yml\n",
+    "run.yml:1  base_config: run.yml -> run.yml is a circle; remove one base_config",
+  ),
+  ("base_config: absent.yml\n", "run.yml:1  base_config: 'absent.yml': no such file"),
+  ("base_config: [a.yml]\n", "run.yml:1  base_config: is a list; name one file"),
+  (
+    "model_name: tinny\n",
+    "run.yml:1  model_name: 'tinny' is no model preset, did you mean 'tiny'?",
+  ),
+  (
+    "model_name: tiny\nbase_num_kv_heads: 3\n",
+    "run.yml:2  base_num_kv_heads: 4 query heads cannot share 3 kv heads",
+    "(base_num_query_heads=4, configs/models/tiny.yml:3)",
+  ),
+  (
+    "model_name: tiny\nhardware: cpu\ndevices: 4\nici_tensor_parallelism: 4\n",
+    "run.yml:4  ici_tensor_parallelism: 2 kv heads cannot be split over tensor 4",
+    "(base_num_kv_heads=2, configs/models/tiny.yml:4)",
+  ),
+]
+
+# The text of own.yml, a decoder block, and what the one line of complaint must contain.
+WORKING_BLOCK = """width: 64
+blocks:
+  layer:
+    attention: {heads: 4, kv_heads: 2, head_dim: 16}
+    mlp: {hidden: 128}
+"""
+BLOCKS = [
+  (
+    WORKING_BLOCK.replace("heads: 4", "haeds: 4"),
+    "own.yml:4  blocks.layer.attention.haeds: no such part",
+    "did you mean 'heads'?",
+  ),
+  (
+    WORKING_BLOCK.replace("heads: 4, ", ""),
+    "blocks.layer.attention.heads: is missing; write a whole number",
+  ),
+  (
+    WORKING_BLOCK.replace("head_dim: 16", "head_dim: wide"),
+    "own.yml:4  blocks.layer.attention.head_dim: 'wide' is not",
+  ),
+  (
+    WORKING_BLOCK.replace("head_dim: 16", "head_dim: '${haed_dim}'"),
+    "no such architecture key, did you mean 'head_dim'?",
+  ),
+  (
+    WORKING_BLOCK.replace("64", "8${base_emb_dim}"),
+    "own.yml:1  8${base_emb_dim}: must stand alone; write only",
+  ),
+  (
+    WORKING_BLOCK.replace("kv_heads: 2", "kv_heads: 3"),
+    "own.yml:4  blocks.layer.attention.kv_heads: 3 does not divide 4",
+  ),
+  (WORKING_BLOCK + "pattern: [layer, other]\n", "own.yml:6  pattern: 'other': no such block"),
+  (
+    WORKING_BLOCK + "  more: {like: laier}\npattern: [layer]\n",
+    "blocks.more.like: 'laier': no earlier block, did you",
+  ),
+  (
+    WORKING_BLOCK + "  more: {like: layer}\n",
+    "pattern: is missing; write the blocks' names in order",
+  ),
+  (WORKING_BLOCK + "depth: 3\n", "own.yml:6  depth: no such part"),
+  ("width: 64\n", "blocks: is missing; name each block"),
+  ("width: 64\nblocks: 3\n", "blocks: is missing; name each block"),
+  ("width: 64\nblocks: {layer: 3}\n", "own.yml:2  blocks.layer: is text; write a mapping"),
+  ("width: [\n", "own.yml:2  not YAML"),
+]
+
+ENVIRONMENTS = [
+  ({"M_STEPS": "ten"}, "", "environment  M_STEPS: 'ten' is not a whole number"),
+  ({"M_STEPZ": "3"}, "", "environment  M_STEPZ: no such key, did you mean 'M_STEPS'?; unset it"),
+  ({"M_steps": "3"}, "", "environment  M_steps: no such key, did you mean 'M_STEPS'?"),
+  ({"M_BASE_CONFIG": "a.yml"}, "", "environment  M_BASE_CONFIG: belongs in a file"),
+  (
+    {"M_STEPS": "3"},
+    "steps=4",
+    "command line  steps: '4' here, but M_STEPS=3 in the environment; remove one",
+  ),
+  (
+    {"M_PACKING": ""},
+    "",
+    "environment  M_PACKING: nothing is no value for it; write true or false",
+  ),
+  ({"M_RUN_NAME": "\udcff"}, "", "environment  M_RUN_NAME: '\\udcff' is not valid UTF-8"),
+  (
+    {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    "hardware=cpu ici_tensor_parallelism=3",
+    "4 devices cannot be arranged as tensor 3",
+  ),
+  (
+    {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    "hardware=cpu devices=8",
+    "devices: 8 virtual devices, but XLA_FLAGS in the environment asks for 4; remove one",
+  ),
+]
+
+
+def one_line(lines: list[str], words: tuple[str, ...]) -> None:
+  assert len(lines) == 1, "\n".join(lines)
+  assert len(lines[0]) <= 300 and lines[0].isprintable()
+  assert all(word in lines[0] for word in words), lines[0]
+
+
+@pytest.mark.parametrize("typed, words", [(row[0], row[1:]) for row in COMMAND_LINES])
+def test_a_wrong_command_line_is_refused_in_a_line(refused, folder, typed, words):
+  (folder / "base.yml").write_text("")
+  (folder / "configs").mkdir()
+  one_line(refused(*typed.split(" ")), words)
+
+
+@pytest.mark.parametrize("text, words", [(row[0], row[1:]) for row in FILES])
+def test_a_wrong_file_is_refused_in_a_line(refused, text, words):
+  one_line(refused("run.yml", files={"run.yml": text}), words)
+
+
+@pytest.mark.parametrize("text, words", [(row[0], row[1:]) for row in BLOCKS])
+def test_a_wrong_decoder_block_is_refused_in_a_line(refused, text, words):
+  one_line(refused("decoder_block=own.yml", files={"own.yml": text}), words)
+
+
+@pytest.mark.parametrize(
+  "environ, typed, words", [(row[0], row[1], row[2:]) for row in ENVIRONMENTS]
+)
+def test_a_wrong_environment_is_refused_in_a_line(refused, environ, typed, words):
+  one_line(refused(*typed.split(), environ=environ), words)
+
+
+def test_all_complaints_come_at_once_in_the_order_of_their_places(refused):
+  run = "steps: ten\nlearning_rat: 1\nbase_config: low.yml\n"
+  lines = refused(
+    "run.yml",
+    "attention=flash",
+    "--debug=true",
+    files={"run.yml": run, "low.yml": "packing: 7\n"},
+    environ={"M_DTYPE": "int8"},
+  )
+  places = ["low.yml:1", "run.yml:1", "run.yml:2", "environment", "command line", "command line"]
+  assert [line[:14].rstrip() for line in lines] == places
+  keys = ["packing:", "steps:", "learning_rat:", "M_DTYPE:", "--debug=true:", "attention:"]
+  assert [line[14:].split()[0] for line in lines] == keys
+
+
+def test_a_wrong_value_is_not_complained_of_twice(refused):
+  """The heads are unreadable: what depends on them says nothing."""
+  lines = refused("base_num_query_heads=x", "base_num_kv_heads=3", "hardware=cpu", "devices=8")
+  assert len(lines) == 1 and "base_num_query_heads: 'x' is not a whole number" in lines[0]
+
+
+def test_a_wrong_value_is_refused_even_where_another_place_overrides_it(refused):
+  assert "run.yml:1" in refused("run.yml", "steps=3", files={"run.yml": "steps: ten\n"})[0]
+
+
+def test_a_complaint_names_the_places_of_both_values_that_collide(refused):
+  files = {"run.yml": "base_num_query_heads: 8\nbase_num_kv_heads: 8\n"}
+  (line,) = refused("run.yml", "base_num_kv_heads=5", files=files)
+  assert line.startswith("command line  base_num_kv_heads: ")
+  assert line.endswith("(base_num_query_heads=8, run.yml:1)")
+
+
+def test_long_and_unprintable_input_stays_within_a_line(refused):
+  long = "x" * 10_000
+  for argv in (
+    [f"{long}=1"],
+    [f"steps={long}"],
+    [f"attention={long}"],
+    [long],
+    [f"--{long}"],
+    [f"model_name={long}"],
+    [f"dataset_path={long}"],
+    [f"decoder_block={long}/x.yml"],
+    [f"logical_axis_rules={{{long}: [fsdp]}}"],
+    ["steps=\n\x1b[31m"],
+    ["a\nb=3"],
+    ["a\nb"],
+    ["dataset_path=a\nb"],
+    ["tokenizer_type=bpe", "tokenizer_path=a\x1b"],
+    ["base_output_directory=/dev/null/\n"],
+    [f"resume_changes=[{long}]"],
+    [f"run_name={long}"],
+  ):
+    for line in refused(*argv):
+      assert len(line) <= 300 and line.isprintable(), line
+
+
+def test_a_complaint_comes_without_jax_and_at_once(folder: Path):
+  """A process of its own: in this one, jax may have been imported by other tests."""
+  program = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from maxtext.config import load
+from maxtext.errors import ConfigErrors
+try:
+  load(["steps=ten"], {{}})
+except ConfigErrors:
+  heavy = {{"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy"}} & set(sys.modules)
+  print(sorted(heavy), time.process_time())
+"""
+  run = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=True
+  )
+  heavy, seconds = run.stdout.rsplit(" ", 1)
+  assert heavy == "[]"
+  assert float(seconds) < 0.5  # of processor time since the start of the process
