@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
@@ -42,7 +43,7 @@ class Batches(Iterator[Batch]):
   """Batches {column: [rows length] int32}, made ahead in a thread; padding is 0 in every column.
 
   The columns are inputs and targets, and _position and _segmentation of both. Not for several
-  threads at once.
+  threads at once. `close` ends the thread, as does forgetting the object.
   """
 
   def __init__(self, stream: Stream, shape: Shape, identity: dict[str, Any]):
@@ -50,6 +51,8 @@ class Batches(Iterator[Batch]):
 
     self._identity = identity
     self._ahead = experimental.ThreadPrefetchDatasetIterator(_Reader(stream, shape), AHEAD)
+    # Also at exit: a thread that the interpreter's end finds inside Grain aborts the process.
+    self.close = weakref.finalize(self, self._ahead.close)
 
   def __next__(self) -> Batch:
     return next(self._ahead)
@@ -67,7 +70,7 @@ class Batches(Iterator[Batch]):
     anew = False
     for key, now in self._identity.items():
       then = state.get(key)
-      if then == now:
+      if then == now or (anew and key not in state):
         continue
       if not {key, *_SETTINGS.get(key, ())} & set(changes):
         raise DataError(_complaint(key, now, then))
@@ -79,10 +82,6 @@ class Batches(Iterator[Batch]):
       self._ahead.set_state(state["place"])
     except IndexError:
       raise DataError("num_epoch: the checkpoint is beyond the last of these; raise it") from None
-
-  def close(self) -> None:
-    """End the thread."""
-    self._ahead.close()
 
 
 # The other settings that a part of the state depends on.

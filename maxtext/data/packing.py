@@ -9,7 +9,9 @@ no row has to look beyond its end, and no target belongs to another document. A 
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
+import functools
+import sys
 from typing import Any
 
 import grain
@@ -18,6 +20,7 @@ from grain import experimental
 
 from maxtext.data.batches import COLUMNS, Row, Stream
 from maxtext.data.corpus import Tokens
+from maxtext.data.permutation import permutation
 from maxtext.data.sections import Data
 from maxtext.data.synthetic import Noise
 
@@ -26,49 +29,66 @@ BINS = 64
 
 
 def training_rows(source: Tokens | Noise, data: Data, length: int) -> Stream:
-  """Rows for `num_epoch` passes, each pass in another order when shuffling is on."""
-  if isinstance(source, Noise):
-    return Indexed(grain.MapDataset.source(NoiseRows(source, length)))
-  seed = _seed(data.data_shuffle_seed) if data.enable_data_shuffling else None
-  return _rows(source, data, length, seed, None if data.num_epoch == -1 else data.num_epoch)
+  """Rows for `num_epoch` passes, each in another order when shuffling is on."""
+  seed = data.data_shuffle_seed if data.enable_data_shuffling else None
+  return _rows(source, data, length, Passes(seed, None if data.num_epoch == -1 else data.num_epoch))
 
 
 def evaluation_rows(source: Tokens | Noise, data: Data, length: int) -> Stream:
   """One pass, always in the same order: shuffled, so that its first rows stand for all."""
+  return _rows(source, data, length, Passes(0, 1))
+
+
+def _rows(source: Tokens | Noise, data: Data, length: int, passes: Passes) -> Stream:
   if isinstance(source, Noise):
     return Indexed(grain.MapDataset.source(NoiseRows(source, length)))
-  return _rows(source, data, length, _seed(0), 1)
-
-
-def _rows(source: Tokens, data: Data, length: int, seed: int | None, epochs: int | None) -> Stream:
-  whole = data.packing and data.grain_packing_type == "concat_then_split"
-  rows = grain.MapDataset.source(SplitRows(source, length) if whole else Pieces(source, length))
-  if seed is not None:
-    rows = rows.shuffle(seed=seed)
-  rows = rows.repeat(epochs)
-  if whole:
-    return Indexed(rows)
+  if data.packing and data.grain_packing_type == "concat_then_split":
+    return Indexed(grain.MapDataset.source(Ordered(SplitRows(source, length), passes)))
+  pieces = grain.MapDataset.source(Ordered(Pieces(source, length), passes))
   if not data.packing:
-    return Indexed(rows.map(lambda piece: _padded(piece["pairs"], length)))
+    return Indexed(pieces.map(lambda piece: _padded(piece["pairs"], length)))
   pack = {
     "first_fit": experimental.FirstFitPackIterDataset,
     "best_fit": experimental.BestFitPackIterDataset,
   }[data.grain_packing_type]
   unthreaded = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # the tokens are in memory
   packed = pack(
-    rows.to_iter_dataset(unthreaded),
+    pieces.to_iter_dataset(unthreaded),
     length_struct={"pairs": length},
     num_packing_bins=BINS,
-    seed=seed or 0,
-    shuffle_bins=seed is not None,
+    seed=passes.seed or 0,
+    shuffle_bins=passes.seed is not None,
     max_sequences_per_bin=None if data.max_segments_per_seq == -1 else data.max_segments_per_seq,
   )
   return Packed(packed)
 
 
-def _seed(seed: int) -> int:
-  """The 32 bits that Grain takes; seeds that are neighbours share no epoch."""
-  return int.from_bytes(hashlib.sha256(f"shuffle {seed}".encode()).digest()[:4], "little")
+@dataclasses.dataclass(frozen=True)
+class Passes:
+  """In which order the corpus is read, and how often."""
+
+  seed: int | None  # None: as it stands
+  epochs: int | None  # None: without end
+
+
+class Ordered:
+  """Grain source: another one, in as many passes as asked for, each in an order of its own."""
+
+  def __init__(self, source: Pieces | SplitRows, passes: Passes):
+    self._source, self._passes = source, passes
+    self._order = functools.lru_cache(maxsize=2)(self._permutation)
+
+  def __len__(self) -> int:
+    epochs = self._passes.epochs
+    return sys.maxsize if epochs is None else epochs * len(self._source)
+
+  def __getitem__(self, index: int) -> Row:
+    epoch, place = divmod(index, len(self._source))
+    return self._source[place if self._passes.seed is None else int(self._order(epoch)[place])]
+
+  def _permutation(self, epoch: int) -> np.ndarray:
+    assert self._passes.seed is not None
+    return permutation(self._passes.seed << 32 | epoch, len(self._source))
 
 
 class Pieces:

@@ -43,11 +43,12 @@ def _identity(corpus: Corpus, data: Data, length: int) -> dict[str, Any]:
   identity = {"corpus": corpus.fingerprint, "max_target_length": length}
   if isinstance(corpus.train, Noise):
     return identity | {"data_shuffle_seed": data.data_shuffle_seed}
-  packer = data.grain_packing_type if data.packing else "none (packing=false)"
-  return identity | {
-    "data_shuffle_seed": data.data_shuffle_seed
-    if data.enable_data_shuffling
-    else "none (enable_data_shuffling=false)",
-    "grain_packing_type": packer,
-    "max_segments_per_seq": data.max_segments_per_seq,
-  }
+  seed = data.data_shuffle_seed if data.enable_data_shuffling else "none"
+  packer = data.grain_packing_type if data.packing else "none"
+  identity |= {"data_shuffle_seed": seed, "grain_packing_type": packer}
+  if packer in (
+    "first_fit",
+    "best_fit",
+  ):  # how the last rows are filled depends on what follows them
+    identity |= {"max_segments_per_seq": data.max_segments_per_seq, "num_epoch": data.num_epoch}
+  return identity

@@ -11,17 +11,17 @@ from maxtext.errors import DataError
 
 def host_rows(sharding: Sharding, batch: int, length: int) -> slice:
   """The rows of a global batch [batch length] that this host's devices hold. Raises DataError."""
-  shards = sharding.addressable_devices_indices_map((batch, length)).values()
   held = np.zeros(batch, bool)
-  for rows, _ in shards:
-    held[rows] = True
-  first, last = np.flatnonzero(held)[[0, -1]]
-  if not held[first : last + 1].all():
+  for index in sharding.addressable_devices_indices_map((batch, length)).values():
+    assert index is not None  # it is of this host
+    held[index[0]] = True
+  mine = np.flatnonzero(held).tolist()
+  if mine != list(range(mine[0], mine[-1] + 1)):
     raise DataError(
-      f"a host holds rows {np.flatnonzero(held).tolist()} of {batch}, which do not follow each other; "
-      "put the mesh axes that split the batch first in mesh_axes"
+      f"mesh_axes: this host has rows {mine} of {batch}, which do not follow each other; "
+      "put the axes that split the batch first"
     )
-  return slice(int(first), int(last) + 1)
+  return slice(mine[0], mine[-1] + 1)
 
 
 def place(batch: dict[str, np.ndarray], sharding: Sharding) -> dict[str, jax.Array]:

@@ -1,0 +1,41 @@
+"""Sections, documents and corpora for the tests of the data layer."""
+
+import numpy as np
+
+from maxtext.data.corpus import Corpus, Tokens
+from maxtext.data.sections import Data
+from maxtext.data.tokenizers import ByteTokenizer
+
+PACKERS = ("concat_then_split", "first_fit", "best_fit", None)  # None: packing=false
+
+
+def section(packer: str | None = "concat_then_split", **changes) -> Data:
+  settings = {
+    "dataset_type": "text",
+    "dataset_path": "",
+    "text_column": "text",
+    "tokenizer_type": "byte",
+    "tokenizer_path": "",
+    "tokenizer_vocab_size": 300,
+    "tokenizer_cache_dir": "",
+    "add_bos": True,
+    "add_eos": True,
+    "packing": packer is not None,
+    "grain_packing_type": packer or "first_fit",
+    "max_segments_per_seq": -1,
+    "enable_data_shuffling": True,
+    "data_shuffle_seed": 0,
+    "num_epoch": 1,
+    "eval_fraction": 0.25,
+  }
+  return Data(**settings | changes)
+
+
+def numbered(lengths) -> Tokens:
+  """Documents of these lengths in which every token occurs once: 1, 2, 3 ..."""
+  starts = np.cumsum([0, *lengths])
+  return Tokens(np.arange(1, starts[-1] + 1, dtype=np.int32), starts)
+
+
+def corpus_of(train: Tokens, held: Tokens | None = None, fingerprint: str = "a" * 64) -> Corpus:
+  return Corpus(ByteTokenizer(), train, held, fingerprint)
