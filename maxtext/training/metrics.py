@@ -181,8 +181,8 @@ class Metrics:
       where, path = "metrics_file", Path(observe.metrics_file).expanduser()
     with _writable(where, path):
       self._file = MetricsFile(path, run_name, first_step)
-    if self._file.dropped:
-      log.info(f"{path}: {self._file.dropped} lines from step {first_step} on will be written anew")
+    if dropped := self._file.dropped:
+      log.info(f"{path}: lines from step {first_step} on will be written anew ({dropped})")
     if observe.enable_tensorboard:
       with _writable("base_output_directory", run_dir / "tensorboard"):
         self._events = Events(run_dir / "tensorboard", first_step)

@@ -40,7 +40,7 @@ class MetricsFile:
       self._lost += 1
       return
     if self._lost:
-      log.error(f"{self.path}: written again from step {step} on; {self._lost} lines are missing")
+      log.error(f"{self.path}: written again from step {step} on, lines missing: {self._lost}")
       self._lost = 0
 
   def _append(self, line: bytes) -> None:

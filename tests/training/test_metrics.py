@@ -305,7 +305,7 @@ def test_lines_are_whole_again_when_the_disk_has_space_again(tmp_path, errors, m
     monkeypatch.setattr(metrics_file.os, "write", full)
     write(metrics, range(3))
   assert [row["step"] for row in rows(tmp_path)] == [1, 1, 2]
-  assert errors()[1].endswith("written again from step 1 on; 1 lines are missing")
+  assert errors()[1].endswith("written again from step 1 on, lines missing: 1")
 
 
 def test_tensorboard_failing_is_reported_once_and_does_not_end_the_run(
