@@ -197,7 +197,7 @@ class Metrics:
       self._events.scalars(step, values)
 
   def text(self, step: int, tag: str, text: str) -> None:
-    """Show `text` in TensorBoard as it stands, in a fixed-width block."""
+    """Show `text` in TensorBoard as it stands, in a fixed-width block with long lines folded."""
     if self._events:
       self._events.text(step, tag, text)
 

@@ -6,9 +6,10 @@ import importlib.util
 import json
 import os
 import queue
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from maxtext.log import log
 from maxtext.training.histograms import EDGES, Histogram
 
 PATIENCE = 30.0  # seconds that flush and close wait for a disk that hangs
+PAGE = 110  # columns of text that fit beside TensorBoard's list of runs
 
 
 class Events:
@@ -45,9 +47,9 @@ class Events:
     self._jobs.put(lambda: self._add(step, now, self._scalars(values)))
 
   def text(self, step: int, tag: str, text: str) -> None:
-    """`text` verbatim: a Markdown code block by indentation, so that nothing in it is markup."""
-    now, block = time.time(), "".join(f"    {line}\n" for line in text.splitlines())
-    self._jobs.put(lambda: self._add(step, now, self._summary.text(tag, block)))
+    """`text` as it stands, its long lines folded: a code block, so that nothing in it is markup."""
+    now, block = time.time(), "".join(f"    {line}\n" for line in _folded(text))
+    self._jobs.put(lambda: self._add(step, now, self._text(tag, block)))
 
   def histograms(self, step: int, counted: Mapping[str, Histogram]) -> None:
     now = time.time()
@@ -122,6 +124,11 @@ class Events:
       value=[value(tag=tag, simple_value=number) for tag, number in values.items()]
     )
 
+  def _text(self, tag: str, markdown: str) -> Any:
+    one = self._summary.text(tag, markdown)
+    one.value[0].tag = tag  # without the '/text_summary' that tensorboardX appends
+    return one
+
   def _histogram(self, name: str, counted: Histogram) -> Any:
     """The buckets that hold something, after an empty one that tells where they begin."""
     size, least, most, total, squares = (float(part) for part in counted[1:])
@@ -134,6 +141,12 @@ class Events:
     return self._summary.histogram_raw(
       name, least, most, size, total, squares, limits[shown].tolist(), counts[shown].tolist()
     )
+
+
+def _folded(text: str) -> Iterator[str]:
+  """The lines of `text`, none wider than TensorBoard's page."""
+  for line in text.splitlines():
+    yield from textwrap.wrap(line, PAGE, expand_tabs=False, replace_whitespace=False) or [""]
 
 
 def _plain(value: Any) -> bool | int | float | str:

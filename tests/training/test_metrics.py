@@ -332,7 +332,8 @@ def test_hyperparameters_and_configuration_stand_in_the_runs_own_events(tmp_path
   from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 
   with start(tmp_path) as metrics:
-    metrics.text(3, "sample", "two\n\n<b>lines</b>")
+    metrics.text(3, "sample", "two\n\n  <b>lines</b>")
+    metrics.text(5, "long", "word " * 50)
   assert [p.is_file() for p in (tmp_path / "tensorboard").iterdir()] == [True]
   read = events(tmp_path)
   content = read.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
@@ -341,9 +342,11 @@ def test_hyperparameters_and_configuration_stand_in_the_runs_own_events(tmp_path
   assert found["opt_type"].string_value == "adamw"
   assert found["scan_layers"].bool_value is True
   assert found["head_dim"].string_value == "null"
-  text = lambda tag: read.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
+  text = lambda tag: read.Tensors(tag)[0].tensor_proto.string_val[0].decode()
   assert text("config") == "    steps: 10\n    name: '*x*'\n"
-  assert text("sample") == "    two\n    \n    <b>lines</b>\n"
+  assert text("sample") == "    two\n    \n      <b>lines</b>\n"
+  assert max(map(len, text("long").splitlines())) <= 114
+  assert text("long").split() == ["word"] * 50
 
 
 def test_only_a_run_that_did_not_fail_ends_as_a_success(tmp_path):
