@@ -14,23 +14,23 @@ from maxtext.config import documents, loading
 from maxtext.config.complaints import Complaint, lines
 from maxtext.config.sections import HINTS, SECTION_OF, hint_of
 from maxtext.config.values import brief, render, words
-from maxtext.errors import closest
+from maxtext.errors import ConfigError, closest, run_cli
 
 
-def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
-  """Print one key, or all of them; returns 2 for a key there is not, or a wrong configuration."""
-  words_given = list(sys.argv[1:] if argv is None else argv)
-  if not words_given or words_given[0] in ("-h", "--help"):
-    print(__doc__, overview(), sep="\n\n")
+def main(argv: list[str]) -> int:
+  """Print one key, or all of them; returns 2 where the configuration is wrong otherwise."""
+  if not argv or argv[0] in ("-h", "--help"):
+    print(__doc__)
+    print(overview())
     return 0
-  key, *rest = words_given
+  key, *rest = argv
   if key not in SECTION_OF:
     offer = closest(key, SECTION_OF) or "; `python -m maxtext.explain` lists all keys"
-    print(f"command line  {brief(key)}: no such key{offer}", file=sys.stderr)
-    return 2
+    raise ConfigError(f"command line  {brief(key)}", f"no such key{offer}")
   found: list[Complaint] = []
-  print("\n".join(explain(key, rest, environ, found)))
-  print("\n".join(lines(found)), end="\n" * bool(found), file=sys.stderr)
+  print("\n".join(explain(key, rest, os.environ, found)))
+  if found:
+    print("\n".join(lines(found)), file=sys.stderr)
   return 2 if found else 0
 
 
@@ -70,4 +70,4 @@ def meanings() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  run_cli(main)

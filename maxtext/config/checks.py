@@ -145,8 +145,11 @@ def _unused(config: Config) -> Iterator[Problem]:
   """Keys that were set, and that nothing reads in this run."""
   for key, section in SECTION_OF.items():
     if section == "architecture" and key not in config.block.uses and config.differs(key):
-      block = brief(config.architecture.decoder_block)
-      yield key, f"decoder block {block!r} does not use it; leave it away", "decoder_block"
+      yield (
+        key,
+        f"decoder block {shown(config.block.name)} does not use it; leave it away",
+        "decoder_block",
+      )
   for need in NEEDS:
     if not need.holds(config):
       for key in filter(config.differs, need.keys):

@@ -17,7 +17,6 @@ class Precision:
   grad_dtype: Float
   matmul_precision: Literal["default", "high", "highest"]
   float32_qk_product: bool
-  float32_logits: bool
   logits_dot_in_fp32: bool
 
 

@@ -1,0 +1,109 @@
+"""Block files: `${key}`, `like`, `if`, the pattern over the layers, and the scale."""
+
+from __future__ import annotations
+
+from maxtext.config import documents
+from maxtext.specs import NormSpec
+
+OWN = """
+width: ${base_emb_dim}
+blocks:
+  local:
+    attention:
+      heads: ${base_num_query_heads}
+      kv_heads: ${base_num_kv_heads}
+      head_dim: ${head_dim}
+      window: 16
+      rope: {max_timescale: 1000}
+    mlp: {hidden: "${base_mlp_dim}", activations: [gelu]}
+  global: {like: local, attention: {window: null, rope: {factor: 8}}}
+pattern: [local, local, global]
+"""
+
+
+def test_like_takes_over_all_but_what_differs(loaded):
+  spec = loaded("decoder_block=own.yml", files={"own.yml": OWN}).decoder(259)
+  local, _, last = spec.stages[0].blocks
+  assert (local.attention.window, last.attention.window) == (16, None)
+  assert last.attention.rope.factor == 8 and last.attention.rope.max_timescale == 1000
+  assert last.mlp == local.mlp and last.mlp.activations == ("gelu",)
+
+
+def test_whole_cycles_of_the_pattern_are_one_stage_and_the_rest_is_a_last_one(loaded):
+  def shape(layers: int) -> list[tuple[int, int]]:
+    config = loaded(f"base_num_decoder_layers={layers}", "decoder_block=own.yml", files=files)
+    return [(len(stage.blocks), stage.repeat) for stage in config.decoder(259).stages]
+
+  files = {"own.yml": OWN}
+  assert shape(3) == [(3, 1)] and shape(6) == [(3, 2)]
+  assert shape(8) == [(3, 2), (2, 1)] and shape(2) == [(2, 1)]
+
+
+def test_an_optional_part_may_depend_on_a_key(loaded):
+  assert loaded().decoder(259).stages[0].blocks[0].attention.qk_norm is None
+  attention = loaded("use_qk_norm=true").decoder(259).stages[0].blocks[0].attention
+  assert attention.qk_norm == NormSpec("rms", 1e-5)
+
+
+def test_a_key_counts_as_used_where_the_block_file_names_it(loaded, refused):
+  files = {"own.yml": OWN}
+  (line,) = refused("decoder_block=own.yml", "mlp_bias=true", files=files)
+  assert line.startswith("command line  mlp_bias: decoder block 'own.yml' does not use it; leave")
+  own = {"own.yml": OWN.replace("[gelu]", '[gelu], bias: "${mlp_bias}"')}
+  config = loaded("decoder_block=own.yml", "mlp_bias=true", files=own)
+  assert config.decoder(259).stages[0].blocks[0].mlp.bias
+
+
+def test_a_size_that_the_block_file_refuses_is_complained_of_at_its_key(refused):
+  own = OWN.replace("window: 16", "soft_cap: ${query_pre_attn_scalar}")
+  own = own.replace("kv_heads: ${base_num_kv_heads}", "kv_heads: 4")
+  files = {"own.yml": own}
+  (line,) = refused(
+    "decoder_block=own.yml",
+    "base_num_query_heads=6",
+    "base_num_kv_heads=3",
+    "head_dim=8",
+    files=files,
+  )
+  assert "base_num_kv_heads: decoder block" in line
+
+
+def test_the_scale_is_spread_over_heads_and_mlp_then_width_then_layers(loaded):
+  def sizes(scale: int) -> tuple[int, ...]:
+    spec = loaded(f"global_parameter_scale={scale}").decoder(259)
+    attention, mlp = spec.stages[0].blocks[0].attention, spec.stages[0].blocks[0].mlp
+    return (
+      spec.width,
+      attention.heads,
+      attention.kv_heads,
+      mlp.hidden,
+      spec.depth,
+      attention.head_dim,
+    )
+
+  assert sizes(1) == (256, 8, 4, 768, 4, 32)
+  assert sizes(2) == (256, 16, 8, 1536, 4, 32)
+  assert sizes(4) == (512, 16, 8, 1536, 4, 32)
+  assert sizes(8) == (512, 16, 8, 1536, 8, 32)
+  assert sizes(16) == (512, 32, 16, 3072, 8, 32)
+
+
+def test_the_two_families_differ_where_they_should(loaded):
+  spec = loaded("decoder_block=gpt3", "dropout_rate=0.1").decoder(259)
+  block = spec.stages[0].blocks[0]
+  assert spec.tied and spec.positions == 2048 and spec.norm.kind == block.norm.kind == "layer"
+  assert block.attention.rope is None and block.attention.bias and block.mlp.bias
+  assert block.mlp.activations == ("gelu",) and block.dropout == 0.1
+  plain = loaded().decoder(259)
+  assert not plain.tied and not plain.positions and plain.stages[0].blocks[0].norm.kind == "rms"
+
+
+def test_the_tokenizers_vocabulary_counts_where_none_is_set(loaded):
+  assert loaded().decoder(300).vocab == 300
+  assert loaded("vocab_size=512").decoder(300).vocab == 512
+
+
+def test_packaged_block_files_are_found_by_name_or_path(loaded):
+  path = documents.PACKAGED / "decoder_blocks" / "llama2.yml"
+  for name in ("llama2", "configs/decoder_blocks/llama2.yml", str(path)):
+    assert loaded(f"decoder_block={name}").decoder(259) == loaded().decoder(259)
