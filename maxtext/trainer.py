@@ -96,6 +96,7 @@ class Run:
     self._announce(step)
     with self._metrics(first) as metrics, self._progress(first) as progress:
       hooks = self._hooks(batches, metrics, progress)
+      self._save_at_start(hooks, first, state)
       report = self._reporter(metrics, progress)
       columns = self._placed(batches, self.rows)
       span = range(first, self.config.training.steps)
@@ -114,7 +115,7 @@ class Run:
       resume.check(self.config, extra[CONFIG], extra[FACTS], self.devices)
       state = from_tree(like, self.checkpoints.restore(newest, tree(like)))
       batches.restore(extra[DATA])
-      log.info(f"resuming {self.folder} after step {newest - 1}")
+      log.info(f"resuming {self.folder} after {newest} steps")
       return state
     if section.load_full_state_path:
       state = from_tree(like, restore_state(section.load_full_state_path, tree(like))[0])
@@ -200,6 +201,12 @@ class Run:
     kept = "no checkpoint was saved" if newest is None else f"the newest checkpoint is after step {newest - 1}"
     loss, norm = float(done.metrics["loss"]), float(done.metrics["raw_grad_norm"])
     return f"step {done.step}: loss {loss:g}, gradient norm {norm:g}; it was not applied, {kept}"
+
+  def _save_at_start(self, hooks: list[Hook], first: int, state: State) -> None:
+    """Where asked, the state before the first step of a run that has no checkpoint yet."""
+    asked = self.config.checkpoint.save_checkpoint_on_start
+    if asked and self.checkpoints is not None and self.checkpoints.newest() is None:
+      next(hook for hook in hooks if isinstance(hook, Save))(first, state)
 
   def _finish(self, end: End, hooks: list[Hook]) -> None:
     """Save what is not saved yet, and wait until it is on disk."""
