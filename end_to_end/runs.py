@@ -16,6 +16,8 @@ from typing import NoReturn
 
 CONFIG = Path(__file__).with_name("tiny.yml")
 PATIENCE = 300.0  # seconds for what takes ten on an idle machine
+# Tests have eight devices; a run has the ones that it asks for.
+OURS = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 
 
 class Failure(Exception):
@@ -50,7 +52,7 @@ class Process:
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
-      env=os.environ | (environment or {}),
+      env=OURS | (environment or {}),
       cwd=directory,
       start_new_session=True,
     )
@@ -182,8 +184,11 @@ class Run:
     ]
 
   def hashes(self) -> str:
-    """A line per array of the newest checkpoint, with its sha256."""
-    return module("maxtext.inspect", self.folder, "hash=true").ends(0)
+    """A line per array of the newest checkpoint, with its sha256, as `diff` would compare them."""
+    inspect = [sys.executable, "-m", "maxtext.inspect", str(self.folder), "hash=true"]
+    done = subprocess.run(inspect, capture_output=True, text=True, env=OURS)
+    check(done.returncode == 0, f"inspecting {self.folder}: {done.stderr}")
+    return done.stdout
 
 
 def report(script: Callable[..., None], *arguments: object) -> NoReturn:

@@ -42,8 +42,8 @@ def stopped_while_it_starts(parent: Path) -> None:
 
 
 def second_signal_ends_at_once(parent: Path) -> None:
-  run = Run(parent, "twice", NEVER)
-  process = run.start()
+  run = Run(parent, "twice")
+  process = run.start(*NEVER)
   process.reach(5)
   process.send(signal.SIGTERM)
   process.until(lambda: any("SIGTERM" in line for line in process.lines))
@@ -53,7 +53,7 @@ def second_signal_ends_at_once(parent: Path) -> None:
   seconds = time.monotonic() - start
   check(seconds < 1.0, f"the second SIGTERM took {seconds:.1f} s")
   check(code in (0, -signal.SIGTERM), f"the second SIGTERM: exit code {code}\n{process.tail()}")
-  run.start("steps=20", "resume_changes=[steps]").ends(0)
+  run.train("steps=20", "resume_changes=[steps]")
   print(f"  second SIGTERM: gone in {seconds:.2f} s with {code}, and the run can still be finished")
 
 
