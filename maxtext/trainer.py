@@ -16,7 +16,7 @@ import jax
 from maxtext import estimate, program, resume, sharding
 from maxtext import log as logs
 from maxtext.checkpoints.manager import Checkpoints, restore_parameters, restore_state
-from maxtext.config import Config
+from maxtext.config import Config, check_devices
 from maxtext.data.pipeline import Batches, Corpus, eval_batches, open_corpus, train_batches
 from maxtext.data.place import place
 from maxtext.errors import CheckpointError, ConfigError, Diverged
@@ -38,6 +38,7 @@ def train(config: Config) -> int:
   """Train the run to its end, or until it is asked to stop; returns the exit code. Raises UserError."""
   started = time.monotonic()
   logs.start(jax.process_index(), config.run.debug)
+  check_devices(config, jax.device_count())
   for line in config.report():
     log.info(line)
   with Stop() as stop, _folder(config) as folder:
@@ -46,7 +47,8 @@ def train(config: Config) -> int:
     if config.mesh.debug_sharding:
       log.info(sharding.table(built.plan.declared, built.layout, config.mesh.sharding_tolerance))
     run = Run(config, folder, built, corpus, started)
-    return run.train(stop)
+    with run.checkpoints or contextlib.nullcontext():  # a save under way is finished, come what may
+      return run.train(stop)
 
 
 @contextlib.contextmanager
