@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
 import traceback
@@ -72,7 +73,7 @@ def run_cli(main: Callable[[list[str]], int]) -> NoReturn:
     code = main(argv)
     sys.stdout.flush()
   except UserError as error:
-    if "debug=true" in argv:
+    if _debugging(argv):
       traceback.print_exc()
     print(error, file=sys.stderr)
     code = error.exit_code
@@ -81,4 +82,14 @@ def run_cli(main: Callable[[list[str]], int]) -> NoReturn:
   except BrokenPipeError:  # the reader went away (`| head`): nothing is wrong, and nobody listens
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     code = 141
+  except Exception as error:  # a defect of ours, said as briefly as what a user may cause
+    if _debugging(argv):
+      traceback.print_exc()
+    what = (str(error).strip().splitlines() or [""])[0][:200]
+    print(f"unexpected {type(error).__name__}: {what} (debug=true shows where)", file=sys.stderr)
+    code = 1
   sys.exit(code)
+
+
+def _debugging(argv: list[str]) -> bool:
+  return "debug=true" in argv or logging.getLogger("maxtext").isEnabledFor(logging.DEBUG)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+from typing import NoReturn
 
-from maxtext import config, errors
+from maxtext import config, hardware
+from maxtext.errors import run_cli
 
 USAGE = """\
 usage: python -m train CONFIG.yml [key=value ...]
@@ -15,25 +16,22 @@ Trains the run that CONFIG.yml describes, or goes on with it if it has begun: ru
 Ends with 0: finished, or saved on SIGTERM; 2: configuration; 3: data; 4: checkpoint; 5: diverged; 75: start again."""
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Train as the arguments say; returns the exit code of the process."""
-  argv = sys.argv[1:] if argv is None else argv
+def main(argv: list[str]) -> int:
+  """Train as the arguments say; returns the exit code of the process. Raises UserError."""
   if not argv or argv[0] in ("-h", "--help"):
     print(USAGE)
     return 0 if argv else 2
-  return errors.exit_code(run, argv)
-
-
-def run(argv: list[str]) -> int:
-  """Train; raises UserError."""
   loaded = config.load(argv)
-  from maxtext import hardware
-
   hardware.prepare(loaded.run)
   from maxtext import trainer  # imports jax: not before the configuration is known to be right
 
   return trainer.train(loaded)
 
 
+def cli() -> NoReturn:
+  """Run as a program."""
+  run_cli(main)
+
+
 if __name__ == "__main__":
-  sys.exit(main())
+  cli()

@@ -1,3 +1,3 @@
-from maxtext.train import main
+from maxtext.train import cli
 
-raise SystemExit(main())
+cli()
