@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from maxtext.serve.sample import Sampler
 from maxtext.specs import DecoderSpec
 
 Hear = Callable[[int, int], None]
+Held = tuple[Caches, jax.Array, jax.Array]
 
 SLOTS = 64  # caches have a multiple of this many slots
 
@@ -35,12 +36,22 @@ class Parts(Protocol):
   def spec(self) -> DecoderSpec: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """What a program is compiled for: rows of `prompt` tokens, and caches of `slots` tokens."""
+
+  rows: int
+  prompt: int
+  slots: int
+
+
 class Engine:
-  """Continues prompts of token ids, on whatever mesh the program has. Compiled once per bucket of sizes."""
+  """Continues prompts of token ids, on whatever mesh the program has."""
 
   def __init__(self, parts: Parts, sampler: Sampler, eos: int | None = None):
     """A row ends with `eos`, which is not part of it (None: never before its length)."""
     self.parts, self.sampler, self.eos = parts, sampler, eos
+    self._compiled: dict[Sizes, tuple[Callable, Callable]] = {}
 
   def generate(
     self,
@@ -58,7 +69,7 @@ class Engine:
     self.check(prompts, length)
     out: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
-    for ids in self._ahead(params, self._batch(prompts, first_row), length):
+    for ids in self._ahead(params, prompts, length, first_row):
       for row in sorted(open_rows):
         if (id := int(ids[row])) == self.eos:
           open_rows.discard(row)
@@ -69,52 +80,66 @@ class Engine:
         break
     return out
 
-  def _ahead(self, params: Params, batch: dict[str, np.ndarray], length: int):
+  def compile(self, params: Params, prompts: Sequence[Sequence[int]], length: int) -> Sizes:
+    """Compile what such prompts need, unless it is; of `params`, shapes and shardings are enough."""
+    sizes = self._sizes(prompts, length)
+    if sizes not in self._compiled:
+      shapes = {name: _shape(p, p.sharding) for name, p in params.items()}
+      batch = self._shapes(sizes)
+      begin = jax.jit(self._begin, static_argnums=2).lower(shapes, batch, sizes.slots).compile()
+      held = jax.tree.map(_shape, begin.out_info, begin.output_shardings)
+      step = jax.jit(self._step, donate_argnums=1, out_shardings=begin.output_shardings)
+      self._compiled[sizes] = begin, step.lower(shapes, *held, batch["rows"]).compile()
+    return sizes
+
+  def _ahead(self, params: Params, prompts: Sequence[Sequence[int]], length: int, first_row: int):
     """The ids [b] of each new position; the device computes the next ones while these are looked at."""
-    prompt = batch["tokens"].shape[1]
-    slots = -(-(prompt + length - 1) // SLOTS) * SLOTS
-    batch = self._place(batch)
-    caches, ids, positions = self._begin(params, batch, slots)
+    sizes = self.compile(params, prompts, length)
+    begin, step = self._compiled[sizes]
+    batch = self._batch(sizes, prompts, first_row)
+    caches, ids, positions = begin(params, batch)
     for left in range(length - 1, -1, -1):
       current = ids
       if left:
-        caches, ids, positions = self._step(params, caches, ids, positions, batch["rows"])
+        caches, ids, positions = step(params, caches, ids, positions, batch["rows"])
       yield jax.device_get(current)
 
-  def check(self, prompts: Sequence[Sequence[int]], length: int, where: str = "decode_length") -> None:
-    """Raises ConfigError, at the key `where` that `length` comes from, for what generate could not do."""
+  def check(self, prompts: Sequence[Sequence[int]], length: int, where: str = "decode_length") -> int:
+    """The most tokens that a row will have.
+
+    Raises ConfigError, at the key `where` that `length` comes from, for what generate could not do.
+    """
     limit = self.parts.spec.positions
     for row, prompt in enumerate(prompts):
       if not prompt:
         raise ConfigError("prompt", f"number {row + 1} has no tokens; give at least one")
       if limit and len(prompt) + length > limit:
         raise ConfigError(where, _too_long(len(prompt), length, limit))
+    return max(map(len, prompts)) + length
 
-  def _batch(self, prompts: Sequence[Sequence[int]], first_row: int) -> dict[str, np.ndarray]:
-    """The prompts, padded on the left to a common length and below to rows that the mesh divides."""
+  def _sizes(self, prompts: Sequence[Sequence[int]], length: int) -> Sizes:
     ways = self.parts.layout.batch_ways
-    rows = -(-len(prompts) // ways) * ways
-    length = bucket(max(map(len, prompts)))
-    tokens = np.zeros((rows, length), np.int32)
+    prompt = bucket(max(map(len, prompts)))
+    return Sizes(-(-len(prompts) // ways) * ways, prompt, -(-(prompt + length - 1) // SLOTS) * SLOTS)
+
+  def _shapes(self, sizes: Sizes) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of a batch: the tokens, the lengths of the prompts, and the numbers of the rows."""
+    shapes = {"tokens": (sizes.rows, sizes.prompt), "lengths": (sizes.rows,), "rows": (sizes.rows,)}
+    axes = ("activation_batch", None)
+    place = lambda shape: self.parts.layout.sharding(axes[: len(shape)], shape, "the prompts")
+    return {name: _shape(jax.ShapeDtypeStruct(s, jnp.int32), place(s)) for name, s in shapes.items()}
+
+  def _batch(self, sizes: Sizes, prompts: Sequence[Sequence[int]], first_row: int) -> dict[str, jax.Array]:
+    """The prompts, padded on the left to a common length, and below to rows that the mesh divides."""
+    tokens, lengths = np.zeros((sizes.rows, sizes.prompt), np.int32), np.zeros(sizes.rows, np.int32)
     for row, prompt in enumerate(prompts):
-      tokens[row, length - len(prompt) :] = prompt
-    lengths = np.array([*map(len, prompts), *[0] * (rows - len(prompts))], np.int32)
-    return {"tokens": tokens, "lengths": lengths, "rows": first_row + np.arange(rows, dtype=np.int32)}
+      tokens[row, sizes.prompt - len(prompt) :] = prompt
+      lengths[row] = len(prompt)
+    rows = first_row + np.arange(sizes.rows, dtype=np.int32)
+    arrays = {"tokens": tokens, "lengths": lengths, "rows": rows}
+    return {name: jax.device_put(arrays[name], s.sharding) for name, s in self._shapes(sizes).items()}
 
-  def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    layout = self.parts.layout
-    axes = lambda x: ("activation_batch", None)[: x.ndim]
-    return {name: jax.device_put(x, layout.sharding(axes(x), x.shape)) for name, x in batch.items()}
-
-  @functools.cached_property
-  def _begin(self) -> Callable[..., tuple[Caches, jax.Array, jax.Array]]:
-    return jax.jit(self._read, static_argnums=2)
-
-  @functools.cached_property
-  def _step(self) -> Callable[..., tuple[Caches, jax.Array, jax.Array]]:
-    return jax.jit(self._write, donate_argnums=1)
-
-  def _read(self, params: Params, batch: dict[str, jax.Array], slots: int):
+  def _begin(self, params: Params, batch: dict[str, jax.Array], slots: int) -> Held:
     """The prompts [b t] -> caches, the first new ids [b], their positions [b]."""
     with sharding.use(self.parts.layout):
       model = self.parts.plan.merge(params)
@@ -123,21 +148,32 @@ class Engine:
       mask = Mask.of(jnp.maximum(positions, 0), (positions >= 0).astype(jnp.int32))
       caches = empty(self.parts.spec, rows, slots, model.compute.dtype)
       x, caches = model.hidden(batch["tokens"], mask, caches)
-      ids = self._choose(model, x[:, -1:], batch["rows"], batch["lengths"])
-      return filled(caches), ids, batch["lengths"]
+      return filled(caches), *self._choose(model, x[:, -1:], batch["rows"], batch["lengths"])
 
-  def _write(self, params: Params, caches: Caches, ids: jax.Array, positions: jax.Array, rows: jax.Array):
+  def _step(
+    self, params: Params, caches: Caches, ids: jax.Array, positions: jax.Array, rows: jax.Array
+  ) -> Held:
     """The ids [b] at positions [b] -> caches with them, the next ids, their positions."""
     with sharding.use(self.parts.layout):
       model = self.parts.plan.merge(params)
       mask = Mask.of(positions[:, None], jnp.ones_like(positions[:, None]))
       x, caches = model.hidden(ids[:, None], mask, caches)
-      return caches, self._choose(model, x, rows, positions + 1), positions + 1
+      return caches, *self._choose(model, x, rows, positions + 1)
 
-  def _choose(self, model: Decoder, x: jax.Array, rows: jax.Array, positions: jax.Array) -> jax.Array:
-    """The last layer of one token a row [b 1 d] -> the ids that follow [b], whole on every device."""
+  def _choose(
+    self, model: Decoder, x: jax.Array, rows: jax.Array, positions: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """The last layer of one token a row [b 1 d] -> the ids that follow [b], at these positions [b].
+
+    The ids are whole on every device, since every process looks at all of them.
+    """
     logits = sharding.constrain(model.logits(x)[:, 0], "activation_batch", None)
-    return sharding.constrain(self.sampler(logits, rows, positions), None)
+    ids = sharding.constrain(self.sampler(logits, rows, positions), None)
+    return ids, sharding.constrain(positions, "activation_batch")
+
+
+def _shape(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def bucket(length: int) -> int:

@@ -32,10 +32,11 @@ class Writer:
     length: int,
     hear: Callable[[int, str], None] = lambda row, text: None,
     first_row: int = 0,
-  ) -> list[str]:
-    """What comes after each text, at most `length` tokens; `hear(row, text)` is told of whole characters at once.
+  ) -> tuple[list[str], list[int]]:
+    """What comes after each text, and how many tokens that is, at most `length`.
 
-    Rows are numbered from `first_row`, see Engine.generate, whose ConfigErrors this raises.
+    `hear(row, text)` gets whole characters as soon as they are there. Rows are numbered from `first_row`,
+    see Engine.generate, whose ConfigErrors this raises.
     """
     prompts = [self.encode(text) for text in texts]
     streams = [TextStream(self.tokenizer, prompt) for prompt in prompts]
@@ -47,15 +48,23 @@ class Writer:
         hear(row, text)
 
     hear_id = lambda row, id: say(row, streams[row - first_row].push(id))
-    self.engine.generate(params, prompts, length, hear_id, first_row)
-    for row, stream in enumerate(streams):
-      say(first_row + row, stream.finish())
-    return out
+    ids = self.engine.generate(params, prompts, length, hear_id, first_row)
+    for row, stream in enumerate(streams, first_row):
+      say(row, stream.finish())
+    return out, [*map(len, ids)]
+
+  def compile(self, params: Params, texts: Sequence[str], length: int) -> None:
+    """Compile what it takes to continue such texts; of `params`, shapes and shardings are enough."""
+    self.engine.compile(params, [self.encode(text) for text in texts], length)
+
+  def check(self, texts: Sequence[str], length: int, where: str = "decode_length") -> int:
+    """The most tokens that a text will have. Raises ConfigError, at the key `where`, if they are too many."""
+    return self.engine.check([self.encode(text) for text in texts], length, where)
 
   def again(self, text: str, length: int, where: str) -> Callable[[Params], str]:
     """params -> `text` and what comes after it, for parameters that change.
 
     Raises ConfigError now, at the key `where` that `length` comes from, for what would fail then.
     """
-    self.engine.check([self.encode(text)], length, where)
-    return lambda params: text + self(params, [text], length)[0]
+    self.check([text], length, where)
+    return lambda params: text + self(params, [text], length)[0][0]

@@ -1,3 +1,3 @@
-from maxtext.decode import main
+from maxtext.decode import cli
 
-raise SystemExit(main())
+cli()

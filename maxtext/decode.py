@@ -1,0 +1,227 @@
+"""`python -m decode RUN_OR_CONFIG prompt="..." key=value`: text from a run's newest checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from maxtext import config as configs
+from maxtext import hardware
+from maxtext import log as logs
+from maxtext.checkpoints.folder import locate
+from maxtext.config import Config
+from maxtext.config.sources import ENVIRONMENT
+from maxtext.data.sections import Data
+from maxtext.errors import CheckpointError, ConfigError, run_cli
+from maxtext.log import log
+
+if TYPE_CHECKING:
+  from maxtext.data.tokenizers import Tokenizer
+  from maxtext.layers.merging import Params
+  from maxtext.program import Program
+  from maxtext.serve.writer import Writer
+
+USAGE = """\
+usage: python -m decode RUN_OR_CONFIG prompt="..." [key=value ...]
+
+Continues a text with the newest checkpoint of a run: RUN_OR_CONFIG is the run's folder, its checkpoints folder or
+one checkpoint in it, or a configuration that sets run_name. The text goes to standard output, all else to standard error.
+  python -m decode runs/mine prompt="Once upon a time" decode_length=100
+  python -m decode runs/mine prompts_file=prompts.txt decode_sampling_strategy=nucleus decode_seed=7
+  python -m maxtext.explain decode_sampling_strategy     what a key means
+Ends with 0: written; 2: configuration; 3: tokenizer; 4: checkpoint."""
+
+TOGETHER = 16  # prompts of a file that are continued at once
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}  # U+2400 on shows controls
+PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def main(argv: list[str]) -> int:
+  """Write as the arguments say; returns the exit code of the process. Raises UserError."""
+  if not argv or argv[0] in ("-h", "--help"):
+    print(USAGE)
+    return 0 if argv else 2
+  with logs.above(lambda line: print(line, file=sys.stderr, flush=True)):
+    folder, words = _run(argv)
+    config = configs.load(words, purpose="decode")
+    folder = folder or _folder(config)
+    prompts = _prompts(config)
+    hardware.prepare(config.run)
+    logs.start(debug=config.run.debug)
+    _write(config, folder, prompts)
+  return 0
+
+
+def cli() -> NoReturn:
+  """Run as a program."""
+  run_cli(main)
+
+
+def _run(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+  """The run, checkpoints or step folder that is named, and the arguments with its config.yml instead."""
+  for i, word in enumerate(argv):
+    folder = Path(word).expanduser()
+    if folder.is_dir():
+      return folder, [*argv[:i], str(_file(folder, "config.yml")), *argv[i + 1 :]]
+  return None, list(argv)
+
+
+def _file(folder: Path, name: str) -> Path:
+  """A file of a run, seen from its folder, its checkpoints or one of them. Raises ConfigError."""
+  folder = folder.absolute()
+  above = {folder.name: folder.parent, folder.parent.name: folder.parent.parent}
+  for place in filter(None, (folder, above.get("checkpoints"))):
+    if (place / name).is_file():
+      return place / name
+  raise ConfigError(
+    "command line", f"{folder} has no {name}; give a run's folder, as runs/NAME, or a configuration"
+  )
+
+
+def _folder(config: Config) -> Path:
+  """The run that a configuration names. Raises ConfigError or CheckpointError."""
+  run = config.run
+  if not config.sources["run_name"].text:
+    raise ConfigError("run_name", "is not set; add run_name=NAME, or give the run's folder, as runs/NAME")
+  folder = Path(run.base_output_directory).expanduser() / run.run_name
+  if not folder.is_dir():
+    raise CheckpointError(f"{folder}: no such folder, the run has not begun; train it, or name another")
+  return folder
+
+
+def _prompts(config: Config) -> list[str]:
+  """What is to be continued. Raises ConfigError."""
+  section = config.decode
+  if not section.prompts_file:
+    if not section.prompt:
+      raise ConfigError("prompt", 'is empty; give a text to continue, as prompt="Once upon a time"')
+    return [section.prompt]
+  try:
+    text = Path(section.prompts_file).expanduser().read_text("utf-8-sig")
+  except (OSError, UnicodeDecodeError) as error:
+    why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+    raise ConfigError("prompts_file", f"{section.prompts_file} cannot be read: {why}") from None
+  prompts = [line for line in text.splitlines() if line.strip()]
+  if not prompts:
+    raise ConfigError("prompts_file", f"{section.prompts_file} is empty; write one prompt a line")
+  return prompts
+
+
+def _write(config: Config, folder: Path, prompts: list[str]) -> None:
+  """Load the model, then print each prompt with what comes after it. Raises UserError."""
+  with ThreadPoolExecutor(1) as background:
+    found = background.submit(locate, folder)  # reads every byte of a checkpoint, while jax is imported
+    from maxtext.serve.writer import Writer
+
+    step_folder, manifest = found.result()
+  tokenizer, vocabulary = _tokenizer(config.data, folder)
+  program = _program(config, vocabulary)
+  writer, length = Writer(program, tokenizer, config.decode, config.data.add_bos), config.decode.decode_length
+  longest = writer.check(prompts, length)
+  groups = _groups(prompts)
+  with ThreadPoolExecutor(1) as background:
+    compiling = background.submit(writer.compile, program.state.params, groups[0], length)
+    params = _parameters(program, step_folder)
+    compiling.result()
+  log.info(f"step {manifest.step - 1} of {folder}, on {_devices(program)}")
+  if longest > config.training.max_target_length:
+    log.info(f"up to {longest} tokens, in training there were {config.training.max_target_length} at most")
+  begun = time.monotonic()
+  count = _print(writer, params, groups, length)
+  took = time.monotonic() - begun
+  log.info(f"{count} tokens in {took:.1f} s, {count / took:.0f} tokens/s")
+
+
+def _tokenizer(data: Data, folder: Path) -> tuple[Tokenizer, int]:
+  """The run's tokenizer, and the vocabulary that its model has. Raises DataError."""
+  from maxtext.data import bpe
+  from maxtext.data.corpus import open_corpus
+  from maxtext.data.tokenizers import ByteTokenizer
+
+  if data.tokenizer_type == "byte":
+    return ByteTokenizer(), ByteTokenizer().vocab_size
+  with contextlib.suppress(ConfigError):
+    tokenizer = bpe.load(str(_file(folder, "tokenizer.json")))
+    return tokenizer, max(tokenizer.vocab_size, 0 if data.tokenizer_path else data.tokenizer_vocab_size)
+  log.info(f"{folder} has no tokenizer.json; the tokenizer is taken from where training had it")
+  corpus = open_corpus(data)
+  return corpus.tokenizer, corpus.vocab_size
+
+
+def _program(config: Config, vocabulary: int) -> Program:
+  """The model on a mesh of its own: that of training suits neither a few rows nor other devices.
+
+  A mesh size that was typed for this command or stands in the environment is obeyed. Raises ConfigError.
+  """
+  import jax
+
+  from maxtext import program
+
+  devices, mesh = jax.devices(), config.mesh
+  sizes = [key for key in vars(mesh) if key.endswith("_parallelism") or key == "num_slices"]
+  if not any(config.sources[key].level >= ENVIRONMENT for key in sizes):
+    mesh = dataclasses.replace(mesh, **{**dict.fromkeys(sizes, 1), "ici_fsdp_parallelism": -1})
+    devices = devices[:1] if devices[0].platform == "cpu" else devices
+  return program.build(dataclasses.replace(config, mesh=mesh), devices, vocabulary)
+
+
+def _parameters(program: Program, step_folder: Path) -> Params:
+  from maxtext.checkpoints.manager import restore_parameters
+
+  return restore_parameters(step_folder, program.state.params)
+
+
+def _devices(program: Program) -> str:
+  """`1 of 8 cpu devices`, or `8 tpu devices (fsdp 8)`."""
+  import jax
+
+  mesh, there = program.layout.mesh, jax.device_count()
+  split = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+  count = f"{mesh.size}" if mesh.size == there else f"{mesh.size} of {there}"
+  plural = "" if there == 1 else "s"
+  return f"{count} {mesh.devices.flat[0].platform} device{plural}" + (f" ({split})" if split else "")
+
+
+def _groups(prompts: list[str]) -> list[list[str]]:
+  """At most TOGETHER prompts each, equally many, so that one compiled program does for all."""
+  count = -(-len(prompts) // TOGETHER)
+  size = -(-len(prompts) // count)
+  return [prompts[i : i + size] for i in range(0, len(prompts), size)]
+
+
+def _print(writer: Writer, params: Params, groups: list[list[str]], length: int) -> int:
+  """Print each prompt and what comes after it, a single one as it comes; returns the number of new tokens."""
+  size, total = len(groups[0]), sum(map(len, groups))
+  if total == 1:
+    _show(groups[0][0])
+    _, counts = writer(params, groups[0], length, lambda _, text: _show(text))
+    _show("\n")
+    return counts[0]
+  written = 0
+  for i, group in enumerate(groups):
+    filled = group + group[-1:] * (size - len(group))
+    texts, counts = writer(params, filled, length, first_row=i * size)
+    for row, (prompt, text) in enumerate(zip(group, texts), i * size):
+      _show(f"--- {row + 1} of {total}\n{prompt}{text}\n")
+    written += sum(counts[: len(group)])
+  return written
+
+
+def _show(text: str) -> None:
+  """Print on standard output at once. On a terminal control characters are shown, not obeyed."""
+  out = sys.stdout
+  if out.isatty():
+    text = text.translate(PICTURES)
+  known = out.encoding or "utf-8"
+  out.write(text.encode(known, "replace").decode(known))
+  out.flush()
+
+
+if __name__ == "__main__":
+  cli()
