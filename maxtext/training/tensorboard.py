@@ -130,17 +130,15 @@ class Events:
     return one
 
   def _histogram(self, name: str, counted: Histogram) -> Any:
-    """The buckets that hold something, after an empty one that tells where they begin."""
+    """The buckets that hold something, no wider than the values, after an empty one at the least."""
     size, least, most, total, squares = (float(part) for part in counted[1:])
     if not size:
       return self._values()
     counts = np.diff(np.asarray(counted.at_most, np.float64), prepend=0.0, append=size)
-    limits = np.append(EDGES, max(most, float(EDGES[-1]) + 1.0))
     filled = np.flatnonzero(counts)
-    shown = slice(max(filled[0] - 1, 0), filled[-1] + 1)
-    return self._summary.histogram_raw(
-      name, least, most, size, total, squares, limits[shown].tolist(), counts[shown].tolist()
-    )
+    counts = [0.0, *counts[filled[0] : filled[-1] + 1].tolist()]
+    limits = [least, *EDGES[filled[0] : filled[-1]].tolist(), most]
+    return self._summary.histogram_raw(name, least, most, size, total, squares, limits, counts)
 
 
 def _folded(text: str) -> Iterator[str]:

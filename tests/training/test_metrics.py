@@ -382,11 +382,15 @@ def test_a_histogram_counts_every_finite_value_where_it_lies():
 def test_histograms_reach_tensorboard_with_all_their_values(tmp_path):
   values = np.array([-500.0, -1.0, 0.0, 0.0, 1e-9, 0.3, 999.0, np.nan], np.float32)
   with start(tmp_path) as metrics:
-    metrics.histograms(4, {"params/w": values, "params/dead": values[-1:]})
+    arrays = {"params/w": values, "params/dead": values[-1:], "params/ones": np.ones(5)}
+    metrics.histograms(4, arrays)
   read = events(tmp_path)
-  assert read.Tags()["histograms"] == ["params/w"]
+  assert read.Tags()["histograms"] == ["params/w", "params/ones"]
   [event] = read.Histograms("params/w")
   shown = event.histogram_value
   assert (event.step, shown.num, shown.min, shown.max) == (4, 7, -500.0, 999.0)
   assert sum(shown.bucket) == 7
   assert shown.bucket_limit == sorted(shown.bucket_limit)
+  assert (shown.bucket_limit[0], shown.bucket_limit[-1]) == (-500.0, 999.0)
+  ones = read.Histograms("params/ones")[0].histogram_value
+  assert (ones.bucket_limit, ones.bucket) == ([1.0, 1.0], [0.0, 5.0])
