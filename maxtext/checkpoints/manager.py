@@ -20,6 +20,7 @@ import numpy as np
 from maxtext.checkpoints import manifest as manifests
 from maxtext.checkpoints.arrays import Array, difference
 from maxtext.checkpoints.folder import STATE, Folder, locate, read_extra
+from maxtext.checkpoints.manifest import Manifest
 from maxtext.checkpoints.sections import Checkpoint
 from maxtext.errors import CheckpointError
 from maxtext.log import log
@@ -99,9 +100,7 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Wait until what was saved is on disk. Raises CheckpointError when it could not be written."""
-    if self._thread is not None:
-      self._thread.join()
-      self._thread = None
+    self._join()
     if self._failure is not None:
       failure, self._failure = self._failure, None
       raise failure
@@ -129,10 +128,12 @@ class Checkpoints:
 
   def steps(self) -> tuple[int, ...]:
     """The steps that are whole, ascending: complete, and every byte as it was written."""
+    self._join()
     return self._folder.steps()
 
   def newest(self) -> int | None:
     """The newest whole step, the same in every process; a line says what was passed over."""
+    self._join()
     newest = _from_first(lambda: -1 if (step := self._folder.newest()) is None else step)
     return None if newest < 0 else newest
 
@@ -142,13 +143,22 @@ class Checkpoints:
     Raises CheckpointError when the step is not whole, or is of another model.
     """
     self.wait()
-    _from_first(lambda: self._folder.manifest(step).step)
-    folder = self._folder.step(step)
-    return _restore(folder, manifests.read(folder).arrays, target)
+    return _restore(self._folder.step(step), self._manifest(step).arrays, target)
 
   def extra(self, step: int) -> dict[str, Any]:
     """What was saved beside the state: mappings as they were, texts as they were."""
-    return self._folder.extra(step)
+    return read_extra(self._folder.step(step), self._manifest(step))
+
+  def _join(self) -> None:
+    """Let a save under way come to its end, whichever that is."""
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+
+  def _manifest(self, step: int) -> Manifest:
+    """The manifest of a step that process 0 has found whole. Raises CheckpointError."""
+    _from_first(lambda: self._folder.manifest(step).step)
+    return self._folder.manifest(step, content=False)
 
   def _begin(self, step: int) -> Path:
     """The folder in which a step is built, made by process 0."""

@@ -364,6 +364,12 @@ def test_a_folder_removed_while_it_is_written_is_one_error(
   assert capfd.readouterr() == ("", "")
 
 
+def test_the_newest_step_is_the_one_under_way(open_checkpoints, states, extra, row):
+  checkpoints = open_checkpoints()
+  checkpoints.save(10, states.of(10, row), extra)
+  assert (checkpoints.newest(), checkpoints.steps()) == (10, (10,))
+
+
 def test_leaving_with_an_error_finishes_the_save_and_keeps_the_error(
   open_checkpoints, states, extra, row
 ):
