@@ -15,7 +15,13 @@ from pathlib import Path
 from end_to_end.runs import Failure, Process, check, report
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/README.md", "docs/running.md", "docs/development.md")
+PAGES = (
+  "README.md",
+  "docs/README.md",
+  "docs/running.md",
+  "docs/checkpoints.md",
+  "docs/development.md",
+)
 LIMIT = 600.0  # seconds for the first command
 BEGIN, END = "-- begin", "-- end"
 
