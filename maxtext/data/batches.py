@@ -14,7 +14,7 @@ from maxtext.log import log
 
 AHEAD = 2  # batches made before they are asked for
 COLUMNS = ("inputs", "targets", "segments", "positions")
-Row = dict[str, np.ndarray]  # the columns, each [length] int32
+Row = np.ndarray  # [4 length] int32: the columns
 Batch = dict[str, np.ndarray]
 
 
@@ -122,8 +122,11 @@ class _Reader:
     return self
 
   def __next__(self) -> Batch:
-    rows = self._stream.take(self._shape.batch, self._shape.rows)
-    inputs, targets, segments, positions = (self._stacked(rows, name) for name in COLUMNS)
+    shape, rows = self._shape, self._stream.take(self._shape.batch, self._shape.rows)
+    columns = np.zeros((len(COLUMNS), shape.rows.stop - shape.rows.start, shape.length), np.int32)
+    for index, row in enumerate(rows):
+      columns[:, index] = row
+    inputs, targets, segments, positions = columns
     return {
       "inputs": inputs,
       "inputs_position": positions,
@@ -132,9 +135,3 @@ class _Reader:
       "targets_position": positions,
       "targets_segmentation": segments,
     }
-
-  def _stacked(self, rows: list[Row], name: str) -> np.ndarray:
-    out = np.zeros((self._shape.rows.stop - self._shape.rows.start, self._shape.length), np.int32)
-    for index, row in enumerate(rows):
-      out[index] = row[name]
-    return out

@@ -82,7 +82,7 @@ class Ordered:
     epochs = self._passes.epochs
     return sys.maxsize if epochs is None else epochs * len(self._source)
 
-  def __getitem__(self, index: int) -> Row:
+  def __getitem__(self, index: int) -> Any:
     epoch, place = divmod(index, len(self._source))
     return self._source[place if self._passes.seed is None else int(self._order(epoch)[place])]
 
@@ -102,8 +102,8 @@ class Pieces:
   def __len__(self) -> int:
     return int(self._firsts[-1])
 
-  def __getitem__(self, index: int) -> Row:
-    document = np.searchsorted(self._firsts, index, side="right") - 1
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    document = self._firsts.searchsorted(index, side="right") - 1
     start = self._tokens.starts[document] + (index - self._firsts[document]) * self._length
     stop = min(start + self._length, self._tokens.starts[document + 1] - 1)
     ids = self._tokens.ids
@@ -128,18 +128,20 @@ class SplitRows:
   def __getitem__(self, index: int) -> Row:
     low = index * self._length
     high = min(low + self._length, int(self._firsts[-1]))
-    first = int(np.searchsorted(self._firsts, low, side="right")) - 1
-    last = int(np.searchsorted(self._firsts, high, side="left"))
-    edges = np.clip(self._firsts[first : last + 1], low, high)
-    sizes = np.diff(edges)
-    row = _empty(self._length)
-    size = high - low
-    row["segments"][:size] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
-    row["positions"][:size] = np.arange(low, high) - np.repeat(edges[:-1], sizes)
-    place = np.arange(low, high) + (first - 1) + row["segments"][:size]
-    row["inputs"][:size] = self._tokens.ids[place]
-    row["targets"][:size] = self._tokens.ids[place + 1]
-    return row
+    first = int(self._firsts.searchsorted(low, side="right")) - 1
+    last = int(self._firsts.searchsorted(high))
+    edges = self._firsts[first : last + 1].copy()
+    edges[0], edges[-1] = low, high
+    pairs = np.arange(low, high)
+    segments = np.arange(last - first).repeat(edges[1:] - edges[:-1])  # from 0
+    place = pairs + segments + first
+    return _row(
+      self._length,
+      self._tokens.ids[place],
+      self._tokens.ids[place + 1],
+      segments + 1,
+      pairs - edges[segments],
+    )
 
 
 class NoiseRows:
@@ -195,15 +197,8 @@ class Packed:
         break
       if kept.start <= index < kept.stop:
         rows.append(packed)
-    return [
-      {
-        "inputs": packed["pairs"][:, 0],
-        "targets": packed["pairs"][:, 1],
-        "segments": packed["pairs_segment_ids"],
-        "positions": packed["pairs_positions"],
-      }
-      for packed in rows
-    ]
+    names = ("pairs_segment_ids", "pairs_positions")
+    return [np.concatenate([row["pairs"].T, [row[name] for name in names]]) for row in rows]
 
   def get_state(self) -> dict[str, Any]:
     return self._rows.get_state()
@@ -212,14 +207,15 @@ class Packed:
     self._rows.set_state(state)
 
 
-def _empty(length: int) -> Row:
-  return {name: np.zeros(length, np.int32) for name in COLUMNS}
+def _row(length: int, *columns: np.ndarray) -> Row:
+  """Columns [n] -> a row, filled up with zeros."""
+  row = np.zeros((len(COLUMNS), length), np.int32)
+  for index, column in enumerate(columns):
+    row[index, : column.size] = column
+  return row
 
 
 def _padded(pairs: np.ndarray, length: int) -> Row:
   """One piece [n 2] -> a row of its own."""
-  row, size = _empty(length), len(pairs)
-  row["inputs"][:size], row["targets"][:size] = pairs.T
-  row["segments"][:size] = 1
-  row["positions"][:size] = np.arange(size)
-  return row
+  size = len(pairs)
+  return _row(length, *pairs.T, np.ones(size, np.int32), np.arange(size))
