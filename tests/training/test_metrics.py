@@ -385,7 +385,7 @@ def test_histograms_reach_tensorboard_with_all_their_values(tmp_path):
     arrays = {"params/w": values, "params/dead": values[-1:], "params/ones": np.ones(5)}
     metrics.histograms(4, arrays)
   read = events(tmp_path)
-  assert read.Tags()["histograms"] == ["params/w", "params/ones"]
+  assert read.Tags()["histograms"] == ["params/ones", "params/w"]
   [event] = read.Histograms("params/w")
   shown = event.histogram_value
   assert (event.step, shown.num, shown.min, shown.max) == (4, 7, -500.0, 999.0)
