@@ -59,10 +59,10 @@ def test_a_line_has_path_shape_dtype_sharding_and_hash(runs, capsys):
   folder, states = runs
   params = states["a"]["params"]
   digest = lambda array: hashlib.sha256(np.asarray(array).tobytes(order="C")).hexdigest()
-  mesh = "on fsdp 8 tensor 1"
+  mesh = "on fsdp 8"
   assert listing(capsys, folder / "a", "hash=true") == [
     f"params/down\t[8 16]\tbfloat16\t[- fsdp] {mesh}\t{digest(params['down'])}",
-    f"params/up\t[16 8]\tfloat32\t[fsdp+tensor -] {mesh}\t{digest(params['up'])}",
+    f"params/up\t[16 8]\tfloat32\t[fsdp -] {mesh}\t{digest(params['up'])}",
     f"step\t[]\tint32\t[] {mesh}\t{digest(np.int32(20))}",
   ]
 

@@ -112,13 +112,18 @@ def _name(key: Any) -> str:
 
 
 def _layout(sharding: jax.sharding.Sharding | None, dimensions: int) -> str:
-  """`[fsdp - data+tensor] on data 2 fsdp 2 tensor 2`: each dimension's mesh axes, and the mesh."""
+  """`[fsdp - data+tensor] on data 2 fsdp 2 tensor 2`: each dimension's mesh axes, and the mesh.
+
+  Axes of size 1 split nothing and are left out.
+  """
   if not isinstance(sharding, jax.sharding.NamedSharding):
-    return "[" + " ".join("-" * dimensions) + "]"
+    return f"[{' '.join('-' * dimensions)}]"
+  sizes = {str(axis): size for axis, size in sharding.mesh.shape.items() if size > 1}
   spec = [*sharding.spec, *[None] * (dimensions - len(sharding.spec))]
-  axes = ["+".join(a) if isinstance(a, tuple) else str(a or "-") for a in spec]
-  mesh = " ".join(f"{name} {size}" for name, size in sharding.mesh.shape.items())
-  return f"[{' '.join(a or '-' for a in axes)}] on {mesh}"
+  axes = [axis if isinstance(axis, tuple) else (axis,) for axis in spec]
+  split = ["+".join(axis for axis in group if axis in sizes) or "-" for group in axes]
+  mesh = " ".join(f"{axis} {size}" for axis, size in sizes.items())
+  return f"[{' '.join(split)}] on {mesh or 'one device'}"
 
 
 def _quiet() -> None:
