@@ -17,7 +17,7 @@ from maxtext.masks import Mask
 class Scores:
   """What happens to q.k before the softmax: times `scale`, then `soft_cap * tanh(x / soft_cap)`.
 
-  `f32_product` computes q.k itself in float32 whatever the inputs are; the softmax always is float32.
+  `f32_product` computes q.k itself in float32 whatever the inputs are; the softmax always is.
   """
 
   scale: float
@@ -25,8 +25,14 @@ class Scores:
   f32_product: bool = False
 
 
+OUT = "attention_out"  # checkpoint_name of all that spares a backward pass the forward one
+
+
 class Kernel(Protocol):
-  """q [b t h k], k [b s g k], v [b s g k], mask over [b t s] -> [b t h k]; h is a multiple of g."""
+  """q [b t h k], k [b s g k], v [b s g k], mask over [b t s] -> [b t h k]; h is a multiple of g.
+
+  A kernel tags its result, and what else its gradient needs of the forward pass, with the name OUT.
+  """
 
   def __call__(
     self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Scores
@@ -40,7 +46,7 @@ _announced: set[str] = set()
 
 
 def register(name: str, unfit: Unfit = lambda *_: None) -> Callable[[Kernel], Kernel]:
-  """Register a kernel; `unfit(q, k, v, mask, scores)` says in words why it cannot serve, or None."""
+  """Register a kernel; `unfit(q, k, v, mask, scores)` says why it cannot serve, or None."""
 
   def add(kernel: Kernel) -> Kernel:
     _kernels[name] = (kernel, unfit)
@@ -52,9 +58,9 @@ def register(name: str, unfit: Unfit = lambda *_: None) -> Callable[[Kernel], Ke
 def attend(
   name: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Scores
 ) -> jax.Array:
-  """Run kernel `name`; 'autoselected' may choose and says what it chose, a named one is obeyed or refused.
+  """Run kernel `name`; 'autoselected' chooses and says so, a named one is obeyed or refused.
 
-  Raises ConfigError when there is no such kernel or it cannot serve this call, with its own words why.
+  Raises ConfigError when there is no such kernel, or with the kernel's words why it cannot serve.
   """
   if name == "autoselected":
     name = _choose(q, k, v, mask, scores)
@@ -71,7 +77,7 @@ def _choose(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Scores
   """The first fit kernel in the order of preference for this shape, logged once per answer."""
   long = q.shape[1] * k.shape[1] >= LONG
   order = ("blockwise", "dot_product") if long else ("dot_product", "blockwise")
-  passed = []
+  passed: list[str] = []
   for name in order:
     if (why := _kernels[name][1](q, k, v, mask, scores)) is None:
       line = f"attention: {name} for queries x keys = {q.shape[1]} x {k.shape[1]}" + "".join(passed)
@@ -83,7 +89,7 @@ def _choose(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Scores
   raise ConfigError("attention", "no kernel can serve this layer" + "".join(passed))
 
 
-# Queries x keys from which not keeping the scores is worth more than one plain product (measured on CPU).
+# Queries x keys from which visiting tiles beats one plain product (scripts/benchmark_attention.py).
 LONG = 1024 * 1024
 
 from maxtext.kernels import blockwise, dot_product  # noqa: E402, F401  (they register themselves)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from maxtext.kernels import Scores, register
+from maxtext.kernels import OUT, Scores, register
 from maxtext.masks import Mask
 
 
@@ -28,4 +29,5 @@ def dot_product(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Sc
   weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
   weights = jnp.where(seen, weights, 0.0)
   weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-  return jnp.einsum("bgrts,bsgk->btgrk", weights.astype(v.dtype), v).reshape(b, t, h, v.shape[-1])
+  y = jnp.einsum("bgrts,bsgk->btgrk", weights.astype(v.dtype), v).reshape(b, t, h, v.shape[-1])
+  return checkpoint_name(y, OUT)

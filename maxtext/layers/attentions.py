@@ -63,7 +63,7 @@ class Attention(nnx.Module):
     scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
     scores = kernels.Scores(scale, spec.soft_cap, self.compute.f32_scores)
     y = kernels.attend(self.compute.kernel, q, k, v, mask.narrow(spec.window), scores)
-    y = checkpoint_name(_place(y, "activation_heads"), "attention_out")
+    y = _place(y, "activation_heads")  # tagged by the kernel, with what else its gradient needs
     return checkpoint_name(self.out(y), "out_proj"), cache
 
 
