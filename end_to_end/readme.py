@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
   "README.md",
   "docs/README.md",
+  "docs/configuration.md",
   "docs/running.md",
   "docs/checkpoints.md",
   "docs/development.md",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from maxtext.config import documents
 from maxtext.specs import NormSpec
 
@@ -107,3 +110,10 @@ def test_packaged_block_files_are_found_by_name_or_path(loaded):
   path = documents.PACKAGED / "decoder_blocks" / "llama2.yml"
   for name in ("llama2", "configs/decoder_blocks/llama2.yml", str(path)):
     assert loaded(f"decoder_block={name}").decoder(259) == loaded().decoder(259)
+
+
+def test_the_block_file_of_the_documentation_is_right(loaded):
+  page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+  (own,) = re.findall(r"```yaml\n(# own\.yml.*?)```", page, re.DOTALL)
+  spec = loaded("decoder_block=own.yml", files={"own.yml": own}).decoder(259)
+  assert [b.attention.window for b in spec.stages[0].blocks] == [128, 128, None]
