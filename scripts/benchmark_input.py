@@ -4,7 +4,7 @@
 
 For every packing, rounds of ours and of Grain's take turns, so that what else the machine does
 falls on both. Grain is given the tokens as a list of arrays, and uses its own shuffle, packers,
-batch and reading thread. A ratio above 1 says that ours is faster; it is the median over the rounds.
+batch and reading thread. A ratio above 1 says that ours is faster: the median over the rounds.
 """
 
 from __future__ import annotations

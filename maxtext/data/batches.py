@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 
+from maxtext.data.ahead import Ahead
 from maxtext.errors import DataError
 from maxtext.log import log
 
@@ -43,16 +43,12 @@ class Batches(Iterator[Batch]):
   """Batches {column: [rows length] int32}, made ahead in a thread; padding is 0 in every column.
 
   The columns are inputs and targets, and _position and _segmentation of both. Not for several
-  threads at once. `close` ends the thread, as does forgetting the object.
+  threads at once.
   """
 
   def __init__(self, stream: Stream, shape: Shape, identity: dict[str, Any]):
-    from grain import experimental  # 0.4 s, in the thread that needs it
-
-    self._identity = identity
-    self._ahead = experimental.ThreadPrefetchDatasetIterator(_Reader(stream, shape), AHEAD)
-    # Also at exit: a thread that the interpreter's end finds inside Grain aborts the process.
-    self.close = weakref.finalize(self, self._ahead.close)
+    self._identity, self._beginning = identity, stream.get_state()
+    self._ahead = Ahead(_Reader(stream, shape), AHEAD)
 
   def __next__(self) -> Batch:
     return next(self._ahead)
@@ -76,12 +72,14 @@ class Batches(Iterator[Batch]):
         raise DataError(_complaint(key, now, then))
       log.info("%s differs from the checkpoint's: the data begins anew", key)
       anew = True
-    if anew:
-      return
     try:
-      self._ahead.set_state(state["place"])
+      self._ahead.set_state(self._beginning if anew else state["place"])
     except IndexError:
       raise DataError("num_epoch: the checkpoint is beyond the last of these; raise it") from None
+
+  def close(self) -> None:
+    """End the thread."""
+    self._ahead.close()
 
 
 # The other settings that a part of the state depends on.
@@ -117,9 +115,6 @@ class _Reader:
   def __init__(self, stream: Stream, shape: Shape):
     self._stream, self._shape = stream, shape
     self.get_state, self.set_state = stream.get_state, stream.set_state
-
-  def __iter__(self) -> _Reader:
-    return self
 
   def __next__(self) -> Batch:
     shape, rows = self._shape, self._stream.take(self._shape.batch, self._shape.rows)

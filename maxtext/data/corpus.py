@@ -148,12 +148,12 @@ def _tokens(part: Sequence[Document], tokenizer: Tokenizer, data: Data) -> Token
       f"{part[short[0]].name}: the document is a single token, which leaves nothing to predict; "
       "set add_bos=true or add_eos=true, or leave it out"
     )
-  whole = np.empty(starts[-1], np.int32)
-  whole[np.arange(ids.size) + np.repeat(np.arange(len(part)) * more + data.add_bos, lengths)] = ids
+  whole, text = np.empty(starts[-1], np.int32), np.ones(starts[-1], bool)
   if data.add_bos:
-    whole[starts[:-1]] = tokenizer.bos
+    whole[starts[:-1]], text[starts[:-1]] = tokenizer.bos, False
   if data.add_eos:
-    whole[starts[1:] - 1] = tokenizer.eos
+    whole[starts[1:] - 1], text[starts[1:] - 1] = tokenizer.eos, False
+  whole[text] = ids
   return Tokens(whole, starts)
 
 
