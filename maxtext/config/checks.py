@@ -18,6 +18,7 @@ from maxtext.config.complaints import Complaint
 from maxtext.config.config import Config
 from maxtext.config.documents import shown as place
 from maxtext.config.sections import SECTION_OF, Sections
+from maxtext.config.sources import ENVIRONMENT
 from maxtext.config.values import brief, shown
 from maxtext.errors import closest
 
@@ -153,8 +154,15 @@ def _unused(config: Config) -> Iterator[Problem]:
   for need in NEEDS:
     if not need.holds(config):
       for key in filter(config.differs, need.keys):
-        problem = f"has an effect only with {need.words}; set that, or leave {key} away"
-        yield key, problem, need.decider
+        if not _rests(config, key, need.decider):
+          problem = f"has an effect only with {need.words}; set that, or leave {key} away"
+          yield key, problem, need.decider
+
+
+def _rests(config: Config, key: str, decider: str) -> bool:
+  """Whether `decider` was set beside `key` in its file, or above it: then `key` may wait there."""
+  level, above = config.sources[key].level, config.sources[decider].level
+  return above > level or above == level < ENVIRONMENT
 
 
 def _model(config: Config) -> Iterator[Problem]:

@@ -204,6 +204,14 @@ def test_batches_follow_from_devices_and_accumulation(loaded):
   assert config.eval.batch(config.training, 8) == 4
 
 
+def test_what_is_switched_off_may_leave_its_keys_behind(loaded, refused):
+  files = {"run.yml": "eval_interval: 5\neval_steps: 4\n"}
+  resting = loaded("run.yml", "eval_interval=-1", files=files)
+  assert loaded("again.yml", files={"again.yml": resting.resolved()}) == resting
+  for argv in (["eval_steps=4"], ["eval_interval=-1", "eval_steps=4"]):
+    assert "eval_steps: has an effect only with an eval_interval" in refused(*argv)[0]
+
+
 def test_hparams_are_single_values(loaded):
   values = loaded().hparams()
   assert values["learning_rate"] == 1e-3 and values["mlp_activations"] == "[silu, linear]"
