@@ -47,16 +47,16 @@ def _at_any_time(run: Run, process: Process, chance: random.Random) -> str:
 
 
 def _after_some_steps(run: Run, process: Process, chance: random.Random) -> str:
-  """After up to three steps, and a part of the next one."""
-  steps, delay = chance.randint(1, 3), chance.uniform(0.0, 0.02)
+  """After up to six steps, and a part of the next one."""
+  steps, delay = chance.randint(1, 6), chance.uniform(0.0, 0.02)
   process.until(lambda: process.steps_completed() >= steps)
   time.sleep(delay)
   return f"{1e3 * delay:.0f} ms after {steps} steps"
 
 
 def _inside_a_save(run: Run, process: Process, chance: random.Random) -> str:
-  """Up to 60 ms after something new stands in the checkpoints folder, once or twice."""
-  saves, delay = chance.randint(1, 2), chance.uniform(0.0, 0.06)
+  """Up to 60 ms after one to three new names stand in the checkpoints folder."""
+  saves, delay = chance.randint(1, 3), chance.uniform(0.0, 0.06)
   process.until(lambda: process.steps_completed() > 0)
   seen = run.checkpoints()
   process.until(lambda: len(run.checkpoints() - seen) >= saves)

@@ -193,6 +193,7 @@ class Run:
 
 def report(script: Callable[..., None], *arguments: object) -> NoReturn:
   """Run an end-to-end script; its last line says PASS, FAIL or SKIP, and the exit code agrees."""
+  sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log is read as it grows
   start, code = time.monotonic(), 0
   try:
     script(*arguments)
