@@ -7,6 +7,7 @@ that `run_name: 007` remains 007, `progress_bar: on` remains on, and `1e-4` is a
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -182,8 +183,9 @@ def names(folder: str) -> list[str]:
 
 
 def missing(name: str) -> str:
-  """Says that a configuration file is not there, with the nearest packaged one."""
-  known = [str(path.relative_to(PACKAGED.parent)) for path in PACKAGED.rglob("*.yml")]
+  """Says that a configuration file is not there, with the nearest one that is."""
+  known = glob.glob(os.path.join(glob.escape(os.path.dirname(name)), "*.y*ml"))
+  known += [str(path.relative_to(PACKAGED.parent)) for path in PACKAGED.rglob("*.yml")]
   near = closest(name, known) or closest(name, [Path(k).stem for k in known])
   return f"no such file{near or '; give the path of a YAML file'}"
 

@@ -177,7 +177,7 @@ def words(hint: Any) -> str:
   if origin in (typing.Union, types.UnionType):
     return f"{words(_required(hint))}, or null"
   if origin is tuple:
-    return f"a list of {words(args[0]).removeprefix('a ').replace('text', 'texts')}, as [a, b]"
+    return "a list, as [a, b]" if args[0] is str else f"a list, as [a, b]; each {words(args[0])}"
   if origin is collections.abc.Mapping:
     return "a mapping of names to lists"
   if origin is Literal:

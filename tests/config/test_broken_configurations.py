@@ -33,6 +33,7 @@ COMMAND_LINES = [
   ("steps=3 steps=4", "steps: '4' here, but steps=3 on the same command line; remove one"),
   # files and presets
   ("absent.yml", "'absent.yml': no such file", "give the path of a YAML file"),
+  ("bse.yml", "'bse.yml': no such file, did you mean 'base.yml'?"),
   ("configs/bas.yml", "'configs/bas.yml': no such file, did you mean 'configs/base.yml'?"),
   ("configs", "configs", "is a folder; name a file in it"),
   ("model_name=llama2-7", "'llama2-7' is no model preset, did you mean 'llama2-7b'?"),
