@@ -14,6 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maxtext import sharding
 from maxtext.config import Config
+from maxtext.config.run import Run
+from maxtext.errors import ConfigError
 from maxtext.layers.decoder import Decoder
 from maxtext.layers.merging import Params, Plan, parameters
 from maxtext.layers.params import Compute
@@ -122,7 +124,7 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None, vocabular
   `vocabulary` is the tokenizer's size, used where the configuration leaves `vocab_size` open.
   Raises ConfigError where mesh, rules and model do not fit each other.
   """
-  mesh = sharding.make_mesh(config.mesh, jax.devices() if devices is None else devices)
+  mesh = sharding.make_mesh(config.mesh, find_devices(config.run) if devices is None else devices)
   rules = {name: tuple(axes) for name, axes in config.mesh.logical_axis_rules.items()}
   spec = config.decoder(padded(vocabulary))
   plan = Plan.of(functools.partial(Decoder, spec, _compute(config), config.memory))
@@ -136,6 +138,17 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None, vocabular
     schedule=schedule,
     optimizer=make_optimizer(config.optimizer, schedule),
   )
+
+
+def find_devices(run: Run) -> list[jax.Device]:
+  """The devices to compute on; raises ConfigError where the hardware that the run names is not there."""
+  try:
+    return jax.devices()
+  except RuntimeError as error:
+    what = str(error).splitlines()[0][:160]
+    raise ConfigError(
+      "hardware", f"{run.hardware}: {what}; use hardware=auto or cpu, or install the extra for this hardware"
+    ) from None
 
 
 def padded(vocabulary: int) -> int:

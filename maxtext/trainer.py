@@ -15,7 +15,7 @@ import jax
 
 from maxtext import estimate, program, resume, sharding
 from maxtext import log as logs
-from maxtext.checkpoints.manager import Checkpoints, restore_parameters, restore_state
+from maxtext.checkpoints.manager import Checkpoints, preload, restore_parameters, restore_state
 from maxtext.config import Config, check_devices
 from maxtext.data.pipeline import Batches, Corpus, eval_batches, open_corpus, train_batches
 from maxtext.data.place import place
@@ -87,11 +87,16 @@ class Run:
 
   def train(self, stop: Stop) -> int:
     """Compile, begin or go on, train, save, and say how it ended."""
+    newest = self._newest()
+    if newest is not None and newest >= self.config.training.steps:
+      log.info(f"{self.folder} has finished its {newest} steps; more steps, or another run_name, train on")
+      return 0
     with ThreadPoolExecutor(1) as background:
       traced = self.program.step.trace(self.program.state, self.program.batch(self.rows))
       compiling = background.submit(lambda: traced.lower().compile())
+      preload()
       batches = train_batches(self.corpus, self.config.data, self.rows, self.length)
-      state = self._begin(batches)
+      state = self._begin(newest, batches)
       first = int(state.step)
       self._write_config()
       step = _compiled(compiling)
@@ -107,16 +112,27 @@ class Run:
     self._farewell(end, first, hooks, stop)
     return 0
 
-  def _begin(self, batches: Batches) -> State:
-    """The newest whole checkpoint of this run, else what the configuration says to load, else drawn anew."""
-    section = self.config.checkpoint
-    like = self.program.state
-    newest = self.checkpoints.newest() if self.checkpoints is not None else None
-    if self.checkpoints is not None and newest is not None:
+  def _newest(self) -> int | None:
+    """The newest whole checkpoint of this run, if the run it belongs to is this one; refuses to start over damage."""
+    if self.checkpoints is None:
+      return None
+    newest = self.checkpoints.newest()
+    if newest is not None:
       extra = self.checkpoints.extra(newest)
       resume.check(self.config, extra[CONFIG], extra[FACTS], self.devices)
+    elif damaged := self.checkpoints.damaged():
+      raise CheckpointError(
+        f"{self.checkpoints.directory} holds steps {', '.join(map(str, damaged))} and none of them is whole; "
+        "move them away to begin the run anew"
+      )
+    return newest
+
+  def _begin(self, newest: int | None, batches: Batches) -> State:
+    """The newest checkpoint of this run, else what the configuration says to load, else drawn anew."""
+    section, like = self.config.checkpoint, self.program.state
+    if self.checkpoints is not None and newest is not None:
       state = from_tree(like, self.checkpoints.restore(newest, tree(like)))
-      batches.restore(extra[DATA])
+      batches.restore(self.checkpoints.extra(newest)[DATA])
       log.info(f"resuming {self.folder} after {newest} steps")
       return state
     if section.load_full_state_path:

@@ -137,6 +137,11 @@ class Checkpoints:
     newest = _from_first(lambda: -1 if (step := self._folder.newest()) is None else step)
     return None if newest < 0 else newest
 
+  def damaged(self) -> tuple[int, ...]:
+    """The steps that have a folder and are not whole, ascending."""
+    whole = self.steps()
+    return tuple(step for step in self._folder.named() if step not in whole)
+
   def restore(self, step: int, target: Any) -> Any:
     """The state of a step, as `target` (of jax.ShapeDtypeStruct with shardings) describes it.
 
