@@ -7,6 +7,7 @@ that `run_name: 007` remains 007, `progress_bar: on` remains on, and `1e-4` is a
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import glob
 import os
 import re
@@ -14,8 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
-
-from maxtext.errors import closest
 
 Complain = Callable[[int, str], None]  # (line, problem)
 
@@ -184,10 +183,12 @@ def names(folder: str) -> list[str]:
 
 def missing(name: str) -> str:
   """Says that a configuration file is not there, with the nearest one that is."""
-  known = glob.glob(os.path.join(glob.escape(os.path.dirname(name)), "*.y*ml"))
-  known += [str(path.relative_to(PACKAGED.parent)) for path in PACKAGED.rglob("*.yml")]
-  near = closest(name, known) or closest(name, [Path(k).stem for k in known])
-  return f"no such file{near or '; give the path of a YAML file'}"
+  known = [str(path.relative_to(PACKAGED.parent)) for path in PACKAGED.rglob("*.yml")]
+  known += glob.glob(os.path.join(glob.escape(os.path.dirname(name)), "*.y*ml"))
+  stems = {Path(path).stem: path for path in known}  # endings would make all names alike
+  near = difflib.get_close_matches(Path(name).stem, stems, n=1, cutoff=0.7)
+  offer = f", did you mean {stems[near[0]]!r}?" if near else "; give the path of a YAML file"
+  return f"no such file{offer}"
 
 
 def shown(path: Path) -> str:
