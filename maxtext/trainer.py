@@ -37,13 +37,14 @@ FACTS, CONFIG, DATA = "facts", "config", "data"  # what a checkpoint holds besid
 def train(config: Config) -> int:
   """Train the run to its end, or until it is asked to stop; returns the exit code. Raises UserError."""
   started = time.monotonic()
+  devices = program.find_devices(config.run)
   logs.start(jax.process_index(), config.run.debug)
-  check_devices(config, jax.device_count())
+  check_devices(config, len(devices))
   for line in config.report():
     log.info(line)
   with Stop() as stop, _folder(config) as folder:
     corpus = open_corpus(config.data)
-    built = program.build(config, vocabulary=corpus.vocab_size)
+    built = program.build(config, devices, corpus.vocab_size)
     if config.mesh.debug_sharding:
       log.info(sharding.table(built.plan.declared, built.layout, config.mesh.sharding_tolerance))
     run = Run(config, folder, built, corpus, started)
