@@ -35,7 +35,7 @@ class Progress:
     self._shown = process == 0 and _wanted(observe.progress_bar)
     self._began = time.monotonic()
     self._finished: collections.deque[float] = collections.deque(maxlen=WINDOW + 1)
-    self._rates: collections.deque[float] = collections.deque(maxlen=WINDOW)
+    self._seconds: collections.deque[float] = collections.deque(maxlen=WINDOW)
     self._numbers: dict[str, str] = {}
     self._doing, self._ended = "first step", False
     self._stack = contextlib.ExitStack()
@@ -55,8 +55,9 @@ class Progress:
       self._doing = ""
     self._done = step + 1
     self._finished.append(time.monotonic())
-    self._rates.append(scalars["perf/per_device_tokens_per_sec"])
-    rate = self._devices * sum(self._rates) / len(self._rates)
+    self._seconds.append(scalars["perf/step_time_seconds"])
+    tokens = self._devices * scalars["perf/per_device_tokens"]
+    rate = tokens * len(self._seconds) / sum(self._seconds)
     numbers = {"loss": f"loss {scalars['learning/loss']:.3f}", "rate": f"{_short(rate)} tokens/s"}
     if "perf/mfu" in scalars:
       numbers["mfu"] = f"MFU {scalars['perf/mfu']:.1%}"

@@ -26,6 +26,7 @@ def observe(progress_bar: str = "auto", log_period: int = 1) -> Observe:
 def scalars(step: int, **more: float) -> dict[str, float]:
   return {
     "perf/step_time_seconds": 0.5,
+    "perf/per_device_tokens": 617.25,
     "perf/per_device_tflops_per_sec": 1.25,
     "perf/per_device_tokens_per_sec": 1234.5,
     "learning/total_weights": 64.0,
