@@ -22,8 +22,8 @@ class Source(Protocol):
 class Ahead:
   """`source` read ahead by up to `size` items, for one thread to take them.
 
-  The thread is joined by `close`, when the object is forgotten, and before the interpreter ends: one
-  that is then inside C++ code takes the whole process down.
+  The thread is joined by `close`, when the object is forgotten, and before the interpreter ends: a
+  thread that is then inside C++ code takes the whole process down.
   """
 
   def __init__(self, source: Source, size: int):

@@ -126,6 +126,27 @@ def test_a_kept_tokenizer_is_a_tokenizer_json(tmp_path):
   assert (read.digest, read.bos, read.eos, read.pad) == (first.digest, 1, 2, 0)
 
 
+def test_a_saved_tokenizer_is_the_same_when_loaded(tmp_path, trained):
+  trained.save(tmp_path)
+  for path in (tmp_path, tmp_path / "tokenizer.json"):
+    read = bpe.load(str(path))
+    assert (read.bos, read.eos, read.pad) == (trained.bos, trained.eos, trained.pad)
+    assert read.digest == trained.digest
+  assert sorted(file.name for file in tmp_path.iterdir()) == [
+    "tokenizer.json",
+    "tokenizer_config.json",
+  ]
+
+
+def test_a_saved_tokenizer_keeps_what_its_special_tokens_are_called(tmp_path):
+  config = {"bos_token": None, "eos_token": "<|end|>"}
+  read = bpe.load(str(foreign(tmp_path, ("<s>", "<|end|>"), config)))
+  (tmp_path / "again").mkdir()
+  read.save(tmp_path / "again")
+  again = bpe.load(str(tmp_path / "again"))
+  assert (again.bos, again.eos, again.digest) == (None, 4, read.digest)
+
+
 def test_nothing_half_written_is_left_or_found(tmp_path, monkeypatch, caplog):
   def fail(*_):
     raise OSError(28, "No space left on device")
