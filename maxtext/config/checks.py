@@ -26,7 +26,6 @@ Problem = tuple[str, ...]
 Purpose = Literal["train", "decode"]
 
 BYTES = 259  # vocabulary of the byte tokenizer
-TEXT_FILES = (".txt", ".jsonl", ".md", ".py")
 
 PATHS = (
   "base_output_directory",
@@ -224,13 +223,9 @@ def _written_files(config: Config) -> Iterator[Problem]:
   for key in ("base_output_directory", "jax_cache_dir", "tokenizer_cache_dir"):
     if text := config.values[key]:
       path = Path(os.path.expanduser(text))
-      blocking = next((p for p in (path, *path.parents) if _is(os.path.exists, p)), None)
-      if blocking is not None and not _is(os.path.isdir, blocking):
+      blocking = next((p for p in (path, *path.parents) if os.path.exists(p)), None)
+      if blocking is not None and not os.path.isdir(blocking):
         yield key, f"{shown(text)}: {brief(place(blocking))} is a file, not a folder; name a folder"
-
-
-def _is(question: Callable[[str], bool], path: Path) -> bool:
-  return question(str(path))
 
 
 def _batch_size(config: Config) -> Iterator[Problem]:
@@ -248,12 +243,9 @@ def _batch_size(config: Config) -> Iterator[Problem]:
 def _read_files(config: Config) -> Iterator[Problem]:
   """Files that training will read and that are plainly absent."""
   data, checkpoint = config.data, config.checkpoint
-  if data.dataset_type == "text" and (path := data.dataset_path) and not _has_text(path):
-    kinds = " ".join(TEXT_FILES)
-    yield (
-      "dataset_path",
-      f"{shown(path)} holds no {kinds} file; name a file, folder or glob that does",
-    )
+  if data.dataset_type == "text" and (path := data.dataset_path) and not _is_there(path):
+    offer = "name a file, folder or glob, or leave it empty for the embedded corpus"
+    yield "dataset_path", f"{shown(path)}: no such file or folder; {offer}"
   if data.tokenizer_path and not os.path.isfile(os.path.expanduser(data.tokenizer_path)):
     offer = "name a tokenizer.json, or leave it empty to train one"
     yield "tokenizer_path", f"{shown(data.tokenizer_path)}: no such file; {offer}"
@@ -264,14 +256,9 @@ def _read_files(config: Config) -> Iterator[Problem]:
       yield key, f"{shown(path)}: no such folder; {offer}"
 
 
-def _has_text(path: str) -> bool:
-  """Whether a file, folder or glob leads to at least one file of text."""
+def _is_there(path: str) -> bool:
   path = os.path.expanduser(path)
-  if os.path.isdir(path):
-    found: Iterable[str] = (name for _, _, names in os.walk(path) for name in names)
-  else:
-    found = [path] if os.path.isfile(path) else glob.iglob(path, recursive=True)
-  return any(name.lower().endswith(TEXT_FILES) for name in found)
+  return os.path.exists(path) or any(glob.iglob(path, recursive=True))
 
 
 def settle(config: Config, found: Iterable[Problem], failed: Iterable[str] = ()) -> list[Complaint]:

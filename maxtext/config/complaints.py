@@ -18,6 +18,10 @@ class Complaint:
   problem: str
 
 
+class Lost(Complaint):
+  """A whole file cannot be read: what depends on the values in it is not known."""
+
+
 Complain = Callable[[Complaint], None]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from maxtext.config import arguments, checks, documents, sources
 from maxtext.config.checks import Purpose
-from maxtext.config.complaints import Complain, Complaint, lines
+from maxtext.config.complaints import Complain, Complaint, Lost, lines
 from maxtext.config.config import RULES, Config
 from maxtext.config.decoder import BlockFile, spec
 from maxtext.config.devices import on_devices
@@ -35,11 +35,8 @@ def load(
   block = _block(values, history, found.append)
   values["run_name"] = values["run_name"] or _generated_name(name)
   config = Config(**_sections(values), block=block, history=history)
-  problems = [*_of_sections(config), *checks.of_run(config, purpose, environ)]
-  devices = config.run.known_devices(environ)
-  if devices is not None and purpose == "train":
-    problems += on_devices(config, devices)
-  found += checks.settle(config, problems, failed)
+  if not any(isinstance(complaint, Lost) for complaint in found):
+    found += checks.settle(config, _problems(config, environ, purpose), failed)
   if not found:
     found += _of_block(config)
   if found:
@@ -109,16 +106,11 @@ def _block(
     offer = f"({', '.join(known)}, or the path of a .yml file)"
     problem = f"{shown(name)} is no decoder block{closest(name, known)} {offer}"
   if path is None:
-    complain(Complaint(setting.where, setting.typed, problem))
+    complain(Lost(setting.where, setting.typed, problem))
     return BlockFile(name, Path(name), EMPTY)
-  if name not in known:
-    values["decoder_block"] = str(path.resolve())
-  place = documents.shown(path)
-
-  def say(line: int, problem: str) -> None:
-    complain(Complaint(f"{place}:{line}" if line else place, "", problem))
-
-  return BlockFile(name, path, documents.read(path, say))
+  own = path.parent != documents.PACKAGED / "decoder_blocks"
+  values["decoder_block"] = str(path.resolve()) if own else path.stem
+  return BlockFile(name, path, sources.read(path, complain))
 
 
 def _generated_name(file: str | None) -> str:
@@ -132,11 +124,17 @@ def _sections(values: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _of_sections(config: Config) -> Iterator[tuple[str, ...]]:
+def _problems(
+  config: Config, environ: Mapping[str, str], purpose: Purpose
+) -> Iterator[checks.Problem]:
   for name in SECTIONS:
     section = getattr(config, name)
     if hasattr(section, "complaints"):
       yield from section.complaints()
+  yield from checks.of_run(config, purpose, environ)
+  devices = config.run.known_devices(environ)
+  if devices is not None and purpose == "train":
+    yield from on_devices(config, devices)
 
 
 def _of_block(config: Config) -> Iterator[Complaint]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from maxtext.config import complaints, documents
-from maxtext.config.complaints import Complain, Complaint
+from maxtext.config.complaints import Complain, Complaint, Lost
 from maxtext.config.documents import EMPTY, Node
 from maxtext.config.sections import SECTION_OF, SECTIONS, hint_of
 from maxtext.config.values import Unfit, brief, coerce, shown, takes_text, written
@@ -56,7 +56,7 @@ def gather(
 def defaults() -> tuple[Setting, ...]:
   """What base.yml sets: every key."""
   path = documents.PACKAGED / "base.yml"
-  return tuple(_of_file((path, _read(path, _defect)), BASE, _defect))
+  return tuple(_of_file((path, read(path, _defect)), BASE, _defect))
 
 
 def _defect(complaint: Complaint) -> None:
@@ -90,23 +90,24 @@ def _known(settings: Iterable[Setting], complain: Complain) -> list[Setting]:
 
 
 def _unknown(setting: Setting) -> str:
-  key, environment = setting.key, setting.level == ENVIRONMENT
+  key = setting.key
+  if key == "base_config":
+    return "belongs in a file; name that file, without a key, as the first argument"
+  if setting.level == ENVIRONMENT:
+    near = closest(setting.typed.upper(), [f"M_{k.upper()}" for k in SECTION_OF])
+    return f"no such key{near}; unset it if it is not meant for this program"
   if key in SECTIONS:
     first = next(k for k, section in SECTION_OF.items() if section == key)
     return f"is a section; set its keys one by one, as {first}=VALUE"
-  if key == "base_config":
-    return "belongs in a file; name that file, without a key, as the first argument"
-  known = [f"M_{k.upper()}" for k in SECTION_OF] if environment else SECTION_OF
-  near = closest(setting.typed.upper() if environment else key.lower(), known)
-  unset = "; unset it if it is not meant for this program" if environment else ""
-  return f"no such key{near or '; `python -m maxtext.explain` lists them all' * (not unset)}{unset}"
+  near = closest(key.lower(), SECTION_OF)
+  return f"no such key{near or '; `python -m maxtext.explain` lists them all'}"
 
 
-def _read(path: Path, complain: Complain) -> Node:
+def read(path: Path, complain: Complain) -> Node:
   place = documents.shown(path)
 
   def say(line: int, problem: str) -> None:
-    complain(Complaint(f"{place}:{line}" if line else place, "", problem))
+    complain(Lost(f"{place}:{line}" if line else place, "", problem))
 
   return documents.read(path, say)
 
@@ -118,18 +119,18 @@ def _chain(name: str, complain: Complain) -> list[File]:
   while name:
     path = documents.find(name, beside)
     if path is None:
-      complain(Complaint(where, key, f"{shown(name)}: {documents.missing(name)}"))
+      complain(Lost(where, key, f"{shown(name)}: {documents.missing(name)}"))
       break
     if any(path.resolve() == known.resolve() for known, _ in files):
       circle = " -> ".join(documents.shown(p) for p in [*(p for p, _ in files), path])
-      complain(Complaint(where, key, f"{brief(circle, 160)} is a circle; remove one base_config"))
+      complain(Lost(where, key, f"{brief(circle, 160)} is a circle; remove one base_config"))
       break
-    root = _read(path, complain)
+    root = read(path, complain)
     files.append((path, root))
     node = root.entries.get("base_config", EMPTY)
     where, key, beside = f"{documents.shown(path)}:{node.line}", "base_config", path.parent
     if not isinstance(node.value, str) and node is not EMPTY:
-      complain(Complaint(where, key, f"is {node.kind}; name one file, which may name the next"))
+      complain(Lost(where, key, f"is {node.kind}; name one file, which may name the next"))
     name = "" if not isinstance(node.value, str) or node.null else node.value
   return files[::-1]
 
@@ -144,7 +145,7 @@ def _of_file(file: File, level: int, complain: Complain) -> list[Setting]:
     where = f"{place}:{node.line}"
     if key in first:
       problem = f"stands on line {first[key]} too, in and outside of its section; keep one of them"
-      complain(Complaint(where, key, problem))
+      complain(Complaint(where, brief(key), problem))
     else:
       first[key] = node.line
       settings.append(Setting(key, key, where, level, node, path.parent))
@@ -184,10 +185,10 @@ def _of_preset(own: list[Setting], complain: Complain) -> list[Setting]:
   if name not in known:
     offer = brief(", ".join(known), 120)
     problem = f"{shown(name)} is no model preset{closest(name, known)} (configs/models: {offer})"
-    complain(Complaint(named.where, named.typed, problem))
+    complain(Lost(named.where, named.typed, problem))
     return []
   path = documents.PACKAGED / "models" / f"{name}.yml"
-  return _known(_of_file((path, _read(path, complain)), PRESET, complain), complain)
+  return _known(_of_file((path, read(path, complain)), PRESET, complain), complain)
 
 
 def _refuse_contradictions(own: list[Setting], complain: Complain) -> None:

@@ -74,7 +74,7 @@ def _text(text: str) -> str:
 
 
 def _int(text: str) -> int:
-  if re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", text):
+  if re.fullmatch(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)", text):
     if len(text) > 30:
       raise Unfit(f"{shown(text)} is too large; use at most {LARGEST}")
     return int(text)

@@ -51,6 +51,7 @@ COMMAND_LINES = [
   ("steps=2.5", "steps: '2.5' is not a whole number"),
   ("steps=010", "steps: '010' is not written as a number; write 10"),
   ("steps=0x10", "steps: '0x10' is not a whole number"),
+  ("steps=1__0", "steps: '1__0' is not a whole number"),
   ("steps='10'", "is not written as a number; write 10"),
   ("steps=true", "steps: 'true' is not a whole number"),
   ("steps=nan", "steps: 'nan' is not a whole number"),
@@ -236,9 +237,9 @@ COMMAND_LINES = [
   ),
   (
     "dataset_path=absent",
-    "dataset_path: 'absent' holds no .txt .jsonl .md .py file; name a file, folder or glob",
+    "dataset_path: 'absent': no such file or folder; name a file, folder or glob",
   ),
-  ("dataset_path=*.txt", "dataset_path: '*.txt' holds no"),
+  ("dataset_path=*.txt", "dataset_path: '*.txt': no such file or folder"),
   (
     "load_parameters_path=absent",
     "load_parameters_path: 'absent': no such folder; name a run's folder",
@@ -550,6 +551,16 @@ def test_a_wrong_value_is_not_complained_of_twice(refused):
   """The heads are unreadable: what depends on them says nothing."""
   lines = refused("base_num_query_heads=x", "base_num_kv_heads=3", "hardware=cpu", "devices=8")
   assert len(lines) == 1 and "base_num_query_heads: 'x' is not a whole number" in lines[0]
+
+
+@pytest.mark.parametrize(
+  "lost", ["absent.yml", "model_name=absent", "decoder_block=absent", "decoder_block=bad.yml"]
+)
+def test_a_file_that_is_lost_causes_no_other_complaints(refused, lost):
+  """What it would have said of heads, activations and the rest is not known."""
+  argv = [lost, "base_num_query_heads=6", "trainable_position_size=9", "mlp_activations=[relu]"]
+  (line,) = refused(*argv, "max_target_length=4096", "base_emb_dim=99", files={"bad.yml": "[\n"})
+  assert "absent" in line or line.startswith("bad.yml:2")
 
 
 def test_a_wrong_value_is_refused_even_where_another_place_overrides_it(refused):
