@@ -133,7 +133,7 @@ class Run:
     section, like = self.config.checkpoint, self.program.state
     if self.checkpoints is not None and newest is not None:
       state = from_tree(like, self.checkpoints.restore(newest, tree(like)))
-      batches.restore(self.checkpoints.extra(newest)[DATA])
+      batches.restore(self.checkpoints.extra(newest)[DATA], self.config.run.resume_changes)
       log.info(f"resuming {self.folder} after {newest} steps")
       return state
     if section.load_full_state_path:
