@@ -113,11 +113,12 @@ class Mesh:
       raise ConfigError(
         "num_slices", f"{devices} devices do not make {self.num_slices} equal slices; use a divisor"
       )
-    return self._fill("ici", each, "devices" if self.num_slices == 1 else "devices of a slice")
+    slices = "" if self.num_slices == 1 else " of each slice"
+    return self._fill("ici", each, f"{each} device{'s' * (each > 1)}{slices}")
 
   def dcn(self) -> dict[str, int]:
     """Mesh axis -> size over slices."""
-    return self._fill("dcn", self.num_slices, "slices (num_slices)")
+    return self._fill("dcn", self.num_slices, f"num_slices={self.num_slices}")
 
   def ways(self, logical: str, sizes: Mapping[str, int]) -> int:
     """Into how many parts a mesh of these sizes splits the logical axis."""
@@ -143,7 +144,7 @@ class Mesh:
       )
       raise ConfigError(
         _key(kind, split[-1] if split else "fsdp"),
-        f"{total} {what} cannot be arranged as {product}; make the product {wanted}",
+        f"{what} cannot be arranged as {product}; make the product {wanted}",
       )
     return {axis: rest if size == -1 else size for axis, size in sizes.items()}
 

@@ -37,7 +37,7 @@ def test_minus_one_takes_what_is_left():
     ({"ici_fsdp_parallelism": 2}, 8, "ici_fsdp_parallelism: 8 devices .* the product 8"),
     ({"ici_fsdp_parallelism": 1}, 8, "ici_fsdp_parallelism: 8 devices cannot be arranged as 1"),
     ({"num_slices": 3}, 8, "num_slices: 8 devices do not make 3 equal slices"),
-    ({"num_slices": 2, "dcn_data_parallelism": 3}, 8, "dcn_data_parallelism: 2 slices"),
+    ({"num_slices": 2, "dcn_data_parallelism": 3}, 8, "dcn_data_parallelism: num_slices=2 cannot"),
   ],
 )
 def test_devices_that_do_not_fit_are_refused_by_name(changes, devices, says):

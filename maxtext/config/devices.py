@@ -33,7 +33,7 @@ def on_devices(config: Config, devices: int) -> Iterator[Problem]:
   try:
     sizes = config.mesh.sizes(devices)
   except ConfigError as e:
-    yield e.where, e.problem, *counted
+    yield e.where, e.problem, *(("num_slices",) if e.where.startswith("dcn_") else counted)
     return
   training, evaluation = config.training, config.eval
   ways = config.mesh.ways("activation_batch", sizes)

@@ -57,7 +57,10 @@ def parse(text: str, complain: Complain) -> Node:
     return EMPTY if root is None else _Tree(complain).node(root)
   except yaml.MarkedYAMLError as e:
     mark = e.problem_mark or e.context_mark
-    complain(mark.line + 1 if mark else 0, f"not YAML: {e.problem or e.context}; {_advice(str(e))}")
+    problem = e.problem or "it cannot be read"
+    if problem.startswith("but"):
+      problem = f"{e.context} {problem}"
+    complain(mark.line + 1 if mark else 0, f"not YAML: {problem}; {_advice(problem)}")
   except yaml.YAMLError as e:
     reason = getattr(e, "reason", str(e))
     complain(0, f"not YAML: {reason}; a configuration is plain text")
@@ -110,7 +113,8 @@ class _Tree:
   def node(self, node: yaml.Node, line: int = 0) -> Node:
     line = line or node.start_mark.line + 1
     if not re.match(r"tag:yaml\.org,2002:(?!python)", node.tag):
-      self.complain(line, f"the tag {node.tag[:40]!r} means nothing here; leave it away")
+      tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+      self.complain(line, f"the tag {tag[:60]!r} means nothing here; leave it away")
     if isinstance(node, yaml.ScalarNode):
       return Node(node.value, line, quoted=node.style is not None)
     if id(node) in self.seen:
@@ -138,12 +142,12 @@ class _Tree:
     return entries
 
 
-def _advice(error: str) -> str:
-  if "\\t" in error:
+def _advice(problem: str) -> str:
+  if "\\t" in problem:
     return "indent with spaces, not with tabs"
-  if "mapping values are not allowed" in error:
+  if "mapping values are not allowed" in problem:
     return "put quotes around a value that contains ': ', and check the indentation"
-  if "expected a single document" in error:
+  if "expected a single document" in problem:
     return "keep one document, without a second ---"
   return "check indentation, brackets and quotes there"
 

@@ -142,7 +142,7 @@ def _of_block(config: Config) -> Iterator[Complaint]:
   block, settings = config.block, config.sources
   _, problems = spec(block, config.architecture, config.architecture.vocab_size or 1)
   for line, path, problem, key in problems:
-    at = f"{block.place}:{line}"
+    at = f"{block.place}:{line}" if line else block.place
     if key and settings[key].level != BASE:
       yield Complaint(settings[key].where, settings[key].typed, f"{problem} ({path}, {at})")
     else:

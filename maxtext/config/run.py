@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from maxtext.bounds import Count, Whole
+from maxtext.config.values import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Run:
       yield (
         "run_name",
         (
-          f"{self.run_name!r} cannot name a folder; use at most 100 of A-Z a-z 0-9 . _ + = -, "
+          f"{shown(self.run_name)} cannot name a folder; use at most 100 of A-Z a-z 0-9 . _ + = -, "
           "first a letter, a digit or _"
         ),
       )

@@ -45,7 +45,7 @@ def coerce(hint: Any, node: Node) -> Any:
 
 def _refuse_nothing(hint: Any, text: str = "") -> typing.NoReturn:
   right = "'' to leave it empty" if hint is str else words(hint)
-  raise Unfit(f"{text or 'nothing'} is no value for it; write {right}")
+  raise Unfit(f"{f'{text} means nothing here' if text else 'has no value'}; write {right}")
 
 
 def _scalar(hint: Any, text: str, quoted: bool) -> Any:
@@ -54,7 +54,7 @@ def _scalar(hint: Any, text: str, quoted: bool) -> Any:
   if get_origin(hint) is Literal:
     allowed = get_args(hint)
     if text not in allowed:
-      raise Unfit(f"{shown(text)} is not known{closest(text, allowed)} ({_listed(allowed, 150)})")
+      raise Unfit(f"{shown(text)} is not known{closest(text, allowed)} ({_listed(allowed, 170)})")
     return text
   read = {int: _int, float: _float, bool: _bool}[hint]
   if not quoted:
@@ -96,9 +96,7 @@ def _float(text: str) -> float:
   try:
     number = float(text)
   except ValueError:
-    near = text.strip("'\" %").replace(",", ".")
-    hint = f"write {near}" if near != text and _is_number(near) else "write digits, as 0.1 or 1e-4"
-    raise Unfit(f"{shown(text)} is not a number; {hint}") from None
+    raise Unfit(f"{shown(text)} is not a number; write {_as_number(text)}") from None
   if text != text.strip() or not text.isascii():
     raise Unfit(f"{shown(text)} is not written as a number; write {number:g}")
   if not math.isfinite(number) or abs(number) > FLOAT32:
@@ -106,8 +104,13 @@ def _float(text: str) -> float:
   return number
 
 
-def _is_number(text: str) -> bool:
-  return re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", text, re.IGNORECASE) is not None
+def _as_number(text: str) -> str:
+  """What someone may have meant by `0,1`, `'0.1'` or `10%`."""
+  near = text.strip("'\" ").replace(",", ".")
+  try:
+    return f"{float(near[:-1]) / 100:g}" if near.endswith("%") else f"{float(near):g}"
+  except ValueError:
+    return "digits, as 0.1 or 1e-4"
 
 
 def _bool(text: str) -> bool:
@@ -121,7 +124,7 @@ def _tuple(hint: Any, node: Node) -> tuple[Any, ...]:
     raise Unfit("is a mapping; write a list, as [a, b]")
   if isinstance(node.value, str):  # one entry needs no brackets
     if node.null or not node.value:
-      raise Unfit("nothing is no list; write [] for an empty one")
+      raise Unfit("has no value; write [] for an empty list")
     if node.value.startswith(("[", "{")) and not node.quoted:
       raise Unfit(f"{shown(node.value)} is not a list; its brackets or quotes are not closed")
     if "," in node.value and not node.quoted:

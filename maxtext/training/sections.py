@@ -73,7 +73,7 @@ class Optimizer:
       try:
         re.compile(pattern)
       except re.error as e:
-        yield "adamw_mask", f"{pattern!r} is not a regular expression: {e}; correct it"
+        yield "adamw_mask", f"{pattern[:60]!r} is not a regular expression: {e}; correct it"
 
 
 @dataclasses.dataclass(frozen=True)

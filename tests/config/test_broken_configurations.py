@@ -56,7 +56,7 @@ COMMAND_LINES = [
   ("steps=true", "steps: 'true' is not a whole number"),
   ("steps=nan", "steps: 'nan' is not a whole number"),
   ("steps=inf", "steps: 'inf' is not a whole number"),
-  ("steps=", "steps: nothing is no value for it; write a whole number, at least 1"),
+  ("steps=", "steps: has no value; write a whole number, at least 1"),
   ("steps=null", "steps: 'null' is not a whole number"),
   ("steps=[1,2]", "steps: is a list; write a whole number"),
   ("steps={a:1}", "steps: is a mapping; write a whole number"),
@@ -82,9 +82,9 @@ COMMAND_LINES = [
   ("num_slices=0", "num_slices: 0 is out of range"),
   # numbers
   ("learning_rate=high", "learning_rate: 'high' is not a number; write digits, as 0.1 or 1e-4"),
-  ("learning_rate='1e-4'", "is not a number; write 1e-4"),
+  ("learning_rate='1e-4'", "is not a number; write 0.0001"),
   ("learning_rate=0,001", "learning_rate: '0,001' is not a number; write 0.001"),
-  ("warmup_steps_fraction=5%", "warmup_steps_fraction: '5%' is not a number"),
+  ("warmup_steps_fraction=5%", "warmup_steps_fraction: '5%' is not a number; write 0.05"),
   ("learning_rate=nan", "learning_rate: 'nan' is not a finite number"),
   ("learning_rate=1e999", "learning_rate: '1e999' is not a finite number"),
   ("learning_rate=1e39", "learning_rate: '1e39' is not a finite number in float32"),
@@ -116,7 +116,7 @@ COMMAND_LINES = [
   ("mu_dtype=int8", "mu_dtype: 'int8' is not known"),
   ("packing=maybe", "packing: 'maybe' is neither true nor false; write one of these"),
   ("packing=1", "packing: '1' is neither true nor false"),
-  ("packing=", "packing: nothing is no value for it; write true or false"),
+  ("packing=", "packing: has no value; write true or false"),
   ("mlp_activations=[swish,linear]", "mlp_activations: 'swish' is not known (silu, gelu"),
   (
     "mlp_activations=silu,linear",
@@ -131,14 +131,14 @@ COMMAND_LINES = [
     "mlp_activations: [silu, gelu] must be one activation, as [gelu]",
   ),
   ("mlp_activations=[]", "mlp_activations: [] must be one activation"),
-  ("mlp_activations=", "mlp_activations: nothing is no list; write [] for an empty one"),
+  ("mlp_activations=", "mlp_activations: has no value; write [] for an empty list"),
   ("adamw_mask=[norm(]", "adamw_mask: 'norm(' is not a regular expression", "correct it"),
   ("resume_changes=[step]", "resume_changes: 'step' is no key, did you mean 'steps'?"),
   ("run_name=a/b", "run_name: 'a/b' cannot name a folder; use"),
   ("run_name=..", "run_name: '..' cannot name a folder"),
   ("run_name=" + "x" * 200, "cannot name a folder; use at most 100"),
   ("base_output_directory=", "base_output_directory: is empty; name a folder, for instance runs"),
-  ("run_name=null", "run_name: null is no value for it; write '' to leave it empty"),
+  ("run_name=null", "run_name: null means nothing here; write '' to leave it empty"),
   # the model
   (
     "base_num_kv_heads=3",
@@ -151,7 +151,7 @@ COMMAND_LINES = [
     "base_num_query_heads: 6 query heads cannot share 4 kv heads",
     "(base_num_kv_heads=4, configs/base.yml:",
   ),
-  ("head_dim=", "head_dim: nothing is no value for it; write a whole number, at least 1, or null"),
+  ("head_dim=", "head_dim: has no value; write a whole number, at least 1, or null"),
   ("base_emb_dim=100", "base_emb_dim: width 100 is not a multiple of 8 heads", "or set head_dim"),
   ("head_dim=33", "head_dim: a head dimension of 33 is odd", "make it even"),
   ("base_emb_dim=24", "base_emb_dim: a head dimension of 3 is odd"),
@@ -285,7 +285,7 @@ COMMAND_LINES = [
   (ON_8 + "num_slices=3", "num_slices: 8 devices do not make 3 equal slices"),
   (
     ON_8 + "dcn_fsdp_parallelism=2",
-    "dcn_fsdp_parallelism: 1 slices (num_slices) cannot be arranged as fsdp 2",
+    "dcn_fsdp_parallelism: num_slices=1 cannot be arranged as fsdp 2",
   ),
   (
     "ici_data_parallelism=-1",
@@ -352,8 +352,8 @@ FILES = [
   ),
   ("steps: '10'\n", "run.yml:1  steps: '10' is text, because of its quotes; write 10 without"),
   ("packing: 'true'\n", "run.yml:1  packing: 'true' is text, because of its quotes"),
-  ("steps:\n", "run.yml:1  steps: nothing is no value for it; write a whole number"),
-  ("run_name:\n", "run.yml:1  run_name: nothing is no value for it; write '' to leave it empty"),
+  ("steps:\n", "run.yml:1  steps: has no value; write a whole number"),
+  ("run_name:\n", "run.yml:1  run_name: has no value; write '' to leave it empty"),
   ("steps: [10]\n", "run.yml:1  steps: is a list; write a whole number"),
   ("steps: {a: 1}\n", "run.yml:1  steps: is a mapping; write a whole number"),
   (
@@ -388,7 +388,11 @@ FILES = [
   ("steps: 3\n---\nsteps: 4\n", "run.yml:2  not YAML", "keep one document"),
   ("steps: @3\n", "run.yml:1  not YAML"),
   ("steps: *nowhere\n", "run.yml:1  not YAML: found undefined alias"),
-  ("steps: !!python/object:os.system 3\n", "run.yml:1  the tag", "leave it away"),
+  (
+    "steps: !!python/object:os.system 3\n",
+    "run.yml:1  the tag '!!python/object:os.system'",
+    "leave it away",
+  ),
   ("steps: !number 3\n", "run.yml:1  the tag '!number' means nothing here; leave it away"),
   (
     "adamw_mask: &a [x]\nmlp_activations: *a\n",
@@ -464,7 +468,7 @@ BLOCKS = [
   ),
   (
     WORKING_BLOCK + "  more: {like: layer}\n",
-    "pattern: is missing; write the blocks' names in order",
+    "own.yml  pattern: is missing; write the blocks' names in order",
   ),
   (WORKING_BLOCK + "depth: 3\n", "own.yml:6  depth: no such part"),
   ("width: 64\n", "blocks: is missing; name each block"),
@@ -486,7 +490,7 @@ ENVIRONMENTS = [
   (
     {"M_PACKING": ""},
     "",
-    "environment  M_PACKING: nothing is no value for it; write true or false",
+    "environment  M_PACKING: has no value; write true or false",
   ),
   ({"M_RUN_NAME": "\udcff"}, "", "environment  M_RUN_NAME: '\\udcff' is not valid UTF-8"),
   (
