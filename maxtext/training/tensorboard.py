@@ -19,7 +19,10 @@ from maxtext.errors import ConfigError
 from maxtext.log import log
 from maxtext.training.histograms import EDGES, Histogram
 
+Job = Callable[[], None] | threading.Event  # something to write, or somebody who waits for a flush
+
 PATIENCE = 30.0  # seconds that flush and close wait for a disk that hangs
+INTERVAL = 10.0  # seconds after which a curve that is being watched goes on, if there are steps
 PAGE = 110  # columns of text that fit beside TensorBoard's list of runs
 
 
@@ -38,7 +41,8 @@ class Events:
     if not os.access(folder, os.W_OK | os.X_OK):
       raise PermissionError(13, "Permission denied", str(folder))
     self._folder, self._first_step = folder, first_step
-    self._jobs: queue.SimpleQueue[Callable[[], None] | threading.Event | None] = queue.SimpleQueue()
+    self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    self._flushed = -INTERVAL
     self._thread = threading.Thread(target=self._run, name="tensorboard", daemon=True)
     self._thread.start()
 
@@ -77,15 +81,16 @@ class Events:
 
   def _run(self) -> None:
     """The thread: write what comes; after a failure only answer those who wait."""
+    jobs: Iterator[Job] = iter(self._jobs.get, None)
     try:
       self._open()
-      while (job := self._jobs.get()) is not None:
+      for job in jobs:
         self._do(job)
       self._writer.close()
     except Exception as error:  # whatever it is: a thread that dies unheard keeps flush waiting
       reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
       log.error(f"{self._folder}: {reason}; the run goes on without TensorBoard")
-      while (job := self._jobs.get()) is not None:
+      for job in jobs:
         if isinstance(job, threading.Event):
           job.set()
 
@@ -102,13 +107,16 @@ class Events:
     event = self._event(wall_time=time.time(), step=self._first_step, session_log=start)
     self._writer.write_event(event)
 
-  def _do(self, job: Callable[[], None] | threading.Event) -> None:
-    if not isinstance(job, threading.Event):
-      return job()
+  def _do(self, job: Job) -> None:
     try:
-      self._writer.flush()
+      if not isinstance(job, threading.Event):
+        job()
+      if isinstance(job, threading.Event) or time.monotonic() > self._flushed + INTERVAL:
+        self._writer.flush()
+        self._flushed = time.monotonic()
     finally:
-      job.set()
+      if isinstance(job, threading.Event):
+        job.set()
 
   def _add(self, step: int, now: float, *summaries: Any) -> None:
     """One event of the values of all summaries."""
@@ -130,15 +138,15 @@ class Events:
     return one
 
   def _histogram(self, name: str, counted: Histogram) -> Any:
-    """The buckets that hold something, no wider than the values, after an empty one at the least."""
+    """The buckets between the least and the most value, and an empty one to their left."""
     size, least, most, total, squares = (float(part) for part in counted[1:])
     if not size:
       return self._values()
     counts = np.diff(np.asarray(counted.at_most, np.float64), prepend=0.0, append=size)
-    filled = np.flatnonzero(counts)
-    counts = [0.0, *counts[filled[0] : filled[-1] + 1].tolist()]
-    limits = [least, *EDGES[filled[0] : filled[-1]].tolist(), most]
-    return self._summary.histogram_raw(name, least, most, size, total, squares, limits, counts)
+    first, last = np.flatnonzero(counts)[[0, -1]]
+    buckets = [0.0, *counts[first : last + 1].tolist()]
+    limits = [least, *EDGES[first:last].tolist(), most]
+    return self._summary.histogram_raw(name, least, most, size, total, squares, limits, buckets)
 
 
 def _folded(text: str) -> Iterator[str]:

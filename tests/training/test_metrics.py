@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxtext.errors import ConfigError
-from maxtext.training import histograms, metrics_file
+from maxtext.training import histograms, metrics_file, tensorboard
 from maxtext.training.metrics import (
   Metrics,
   Pace,
@@ -306,6 +307,31 @@ def test_lines_are_whole_again_when_the_disk_has_space_again(tmp_path, errors, m
     write(metrics, range(3))
   assert [row["step"] for row in rows(tmp_path)] == [1, 1, 2]
   assert errors()[1].endswith("written again from step 1 on, lines missing: 1")
+
+
+def test_curves_can_be_watched_while_the_run_goes_on(tmp_path, monkeypatch):
+  monkeypatch.setattr(tensorboard, "INTERVAL", -1.0)
+  with start(tmp_path) as metrics:
+    write(metrics, range(3))
+    deadline = time.monotonic() + 20
+    while "learning/loss" not in curves(tmp_path) and time.monotonic() < deadline:
+      time.sleep(0.05)
+    assert curves(tmp_path)["learning/loss"][0] == (0, 7.0)
+
+
+def test_a_disk_that_fails_at_the_end_does_not_hold_the_run_up(tmp_path, errors, monkeypatch):
+  from tensorboardX.event_file_writer import EventsWriter
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  metrics = start(tmp_path)
+  metrics.flush()
+  monkeypatch.setattr(EventsWriter, "close", full)
+  begin = time.monotonic()
+  metrics.close()
+  assert time.monotonic() - begin < tensorboard.PATIENCE / 2
+  assert len(errors()) == 1
 
 
 def test_tensorboard_failing_is_reported_once_and_does_not_end_the_run(
