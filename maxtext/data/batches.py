@@ -86,6 +86,7 @@ class Batches(Iterator[Batch]):
 _SETTINGS = {
   "data_shuffle_seed": ("enable_data_shuffling",),
   "grain_packing_type": ("packing",),
+  "tokenizer": ("tokenizer_type", "tokenizer_path", "tokenizer_vocab_size"),
   "corpus": (
     "dataset_type",
     "dataset_path",
@@ -101,6 +102,11 @@ _SETTINGS = {
 
 
 def _complaint(key: str, now: Any, then: Any) -> str:
+  if key == "tokenizer":
+    return (
+      "tokenizer_path: the tokenizer is not the checkpoint's, whose ids the model has learned; "
+      "set tokenizer_path to the tokenizer.json in the run's folder, or start a new run"
+    )
   if key != "corpus":
     return f"{key}={now}: the checkpoint has {then}; set it back, or start a new run"
   return (

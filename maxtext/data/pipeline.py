@@ -40,7 +40,11 @@ def eval_batches(
 
 def _identity(corpus: Corpus, data: Data, length: int) -> dict[str, Any]:
   """What a state belongs to, by the names of the settings."""
-  identity = {"corpus": corpus.fingerprint, "max_target_length": length}
+  identity: dict[str, Any] = {
+    "tokenizer": corpus.tokenizer.digest,
+    "corpus": corpus.fingerprint,
+    "max_target_length": length,
+  }
   if isinstance(corpus.train, Noise):
     return identity | {"data_shuffle_seed": data.data_shuffle_seed}
   seed = data.data_shuffle_seed if data.enable_data_shuffling else "none"

@@ -1,5 +1,6 @@
 """Batches over time: resuming, hosts, reading ahead, ends."""
 
+import dataclasses
 import itertools
 import json
 import threading
@@ -10,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maxtext.data import bpe
+from maxtext.data.cache import Cache
 from maxtext.data.corpus import open_corpus
 from maxtext.data.pipeline import eval_batches, train_batches
 from maxtext.errors import DataError
@@ -140,6 +143,11 @@ def test_evaluating_without_held_out_documents_is_refused():
 
 CHANGES = {
   "dataset_path": (section(), corpus_of(TOKENS, fingerprint="b" * 64), LENGTH),
+  "tokenizer_path": (
+    section(),
+    dataclasses.replace(corpus_of(TOKENS), tokenizer=bpe.train(["ab"], 300, Cache(""), "")),
+    LENGTH,
+  ),
   "max_target_length": (section(), corpus_of(TOKENS), LENGTH + 1),
   "data_shuffle_seed": (section(data_shuffle_seed=1), corpus_of(TOKENS), LENGTH),
   "enable_data_shuffling": (section(enable_data_shuffling=False), corpus_of(TOKENS), LENGTH),
@@ -165,6 +173,15 @@ def test_a_change_that_is_allowed_begins_the_data_anew(key):
   changed = train_batches(corpus, data, ROWS, length)
   changed.restore(batches.state(), changes=[key])
   equal(next(changed), next(train_batches(corpus, data, ROWS, length)))
+
+
+def test_other_documents_in_the_tokens_of_another_tokenizer_are_refused():
+  """A BPE is trained on the documents: to allow other documents is not to allow other ids."""
+  batches = train_batches(corpus_of(TOKENS), section(), ROWS, LENGTH)
+  _, other, _ = CHANGES["tokenizer_path"]
+  other = dataclasses.replace(other, fingerprint="b" * 64)
+  with pytest.raises(DataError, match="tokenizer.json in the run's folder"):
+    train_batches(other, section(), ROWS, LENGTH).restore(batches.state(), ["dataset_path"])
 
 
 def test_a_state_that_fewer_epochs_do_not_reach_is_refused(packer):
