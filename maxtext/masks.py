@@ -13,10 +13,10 @@ import jax.numpy as jnp
 class Mask:
   """Who sees whom among queries and keys; the structure is static, the content is traced.
 
-  q_pos [b t] and kv_pos [b s] are true token positions, q_seg [b t] and kv_seg [b s] the documents that
-  the tokens belong to (0 is padding: it sees nothing and nobody sees it). A query sees a key of its own
-  document when the structure allows their positions: `causal` (key not after query) and `window`
-  (`q - window < k <= q`).
+  q_pos [b t] and kv_pos [b s] are true token positions, q_seg [b t] and kv_seg [b s] the documents
+  that the tokens belong to (0 is padding: it sees nothing and nobody sees it). A query sees a key
+  of its own document when the structure allows their positions: `causal` (key not after query) and
+  `window` (`q - window < k <= q`).
   """
 
   q_pos: jax.Array
@@ -32,7 +32,7 @@ class Mask:
     return cls(positions, positions, segments, segments)
 
   def narrow(self, window: int | None) -> Mask:
-    """The same mask for a layer that looks back no more than `window` tokens (None: all of them)."""
+    """The same mask for a layer that looks back no more than `window` tokens (None: all)."""
     return dataclasses.replace(self, window=window)
 
   def allows(self, q_pos: jax.Array, kv_pos: jax.Array, q_seg=None, kv_seg=None) -> jax.Array:

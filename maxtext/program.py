@@ -40,7 +40,9 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What a run consists of, before any memory is used: functions to compile and the shapes they take."""
+  """What a run consists of, before any memory is used: functions to compile and the shapes they
+  take.
+  """
 
   config: Config
   layout: sharding.Layout
@@ -78,13 +80,13 @@ class Program:
 
   @functools.cached_property
   def begin(self) -> Callable[[Params], State]:
-    """params -> State at step 0, for parameters that come from elsewhere; takes over their memory."""
+    """params -> State at step 0, for parameters from elsewhere; takes over their memory."""
     return jax.jit(
       self._around, out_shardings=self.shardings, donate_argnums=0, compiler_options=self._hasty
     )
 
   @functools.cached_property
-  def step(self) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+  def step(self) -> jax.stages.Wrapped:
     """(State, batch) -> (State, metrics); takes over the state's memory."""
     train = steps.make_step(self._loss, self.optimizer, self.schedule, _step_rules(self.config))
 
@@ -118,7 +120,9 @@ class Program:
     return {"xla_backend_optimization_level": 1} if cpu else {}
 
 
-def build(config: Config, devices: Sequence[jax.Device] | None = None, vocabulary: int = 0) -> Program:
+def build(
+  config: Config, devices: Sequence[jax.Device] | None = None, vocabulary: int = 0
+) -> Program:
   """Assemble the run that `config` describes on these devices (default: all there are).
 
   `vocabulary` is the tokenizer's size, used where the configuration leaves `vocab_size` open.
@@ -127,6 +131,11 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None, vocabular
   mesh = sharding.make_mesh(config.mesh, find_devices(config.run) if devices is None else devices)
   rules = {name: tuple(axes) for name, axes in config.mesh.logical_axis_rules.items()}
   spec = config.decoder(padded(vocabulary))
+  if spec.vocab < vocabulary:
+    raise ConfigError(
+      "vocab_size",
+      f"{spec.vocab} rows are fewer than the tokenizer's {vocabulary} tokens; use null",
+    )
   plan = Plan.of(functools.partial(Decoder, spec, _compute(config), config.memory))
   schedule = make_schedule(config.optimizer, config.training.steps)
   return Program(
@@ -141,18 +150,23 @@ def build(config: Config, devices: Sequence[jax.Device] | None = None, vocabular
 
 
 def find_devices(run: Run) -> list[jax.Device]:
-  """The devices to compute on; raises ConfigError where the hardware that the run names is not there."""
+  """The devices to compute on; raises ConfigError where the hardware that the run names is not
+  there.
+  """
   try:
     return jax.devices()
   except RuntimeError as error:
     what = str(error).splitlines()[0][:160]
     raise ConfigError(
-      "hardware", f"{run.hardware}: {what}; use hardware=auto or cpu, or install the extra for this hardware"
+      "hardware",
+      f"{run.hardware}: {what}; use hardware=auto or cpu, or install the extra for this hardware",
     ) from None
 
 
 def padded(vocabulary: int) -> int:
-  """A tokenizer's size rounded up so that every usual mesh divides it; the rows above it are never used."""
+  """A tokenizer's size rounded up so that every usual mesh divides it; the rows above it are never
+  used.
+  """
   return -(-vocabulary // 64) * 64
 
 

@@ -1,4 +1,6 @@
-"""Whether a run that goes on is still the run that began: what a change of its configuration would do."""
+"""Whether a run that goes on is still the run that began: what a change of its configuration would
+do.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ _HOW = ("tokenizer_cache_dir",)
 
 
 def facts(config: Config, devices: int) -> dict[str, Any]:
-  """What a checkpoint notes of its run besides the configuration, to be compared when it goes on."""
+  """What a checkpoint notes of its run besides the configuration, to compare on resume."""
   return {"global_batch": config.training.global_batch(devices), "devices": devices}
 
 
@@ -56,7 +58,13 @@ def _steps_matter(config: Config) -> bool:
   return optimizer.learning_rate_schedule_steps == -1 and not flat
 
 
-def _batch(config: Config, saved: Mapping[str, Any], devices: int) -> Iterator[tuple[str, Any, Any]]:
+def _batch(
+  config: Config, saved: Mapping[str, Any], devices: int
+) -> Iterator[tuple[str, Any, Any]]:
   old, new = saved["global_batch"], config.training.global_batch(devices)
   if old != new:
-    yield "per_device_batch_size", f"{old} rows a step on {saved['devices']} devices", f"{new} rows a step on {devices}"
+    yield (
+      "per_device_batch_size",
+      f"{old} rows a step on {saved['devices']} devices",
+      f"{new} rows a step on {devices}",
+    )

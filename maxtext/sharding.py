@@ -1,6 +1,7 @@
 """From logical axis names to shardings: the one place where the two vocabularies meet.
 
-A parameter or an activation names its dimensions; `Rules` says over which mesh axes each name is split.
+A parameter or an activation names its dimensions; `Rules` says over which mesh axes each name is
+split.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ Axes = Sequence[str | None]
 
 
 def make_mesh(section: meshes.Mesh, devices: Sequence[jax.Device]) -> Mesh:
-  """The device mesh of a run: slices (DCN) outermost within each axis, then the chips of a slice (ICI)."""
+  """The device mesh of a run: slices (DCN) outermost within each axis, then the chips of a slice
+  (ICI).
+  """
   names = tuple(section.mesh_axes)
   ici, dcn = section.ici(len(devices)), section.dcn()
   ici_sizes, dcn_sizes = [ici[name] for name in names], [dcn[name] for name in names]
@@ -34,7 +37,9 @@ def make_mesh(section: meshes.Mesh, devices: Sequence[jax.Device]) -> Mesh:
     grid = mesh_utils.create_hybrid_device_mesh(ici_sizes, dcn_sizes, devices, **options)
   else:  # virtual devices have no slices: lay them out as if each slice were a run of neighbours
     grid = np.asarray(devices).reshape(*dcn_sizes, *ici_sizes)
-    order = [axis for pair in zip(range(len(names)), range(len(names), 2 * len(names))) for axis in pair]
+    order = [
+      axis for pair in zip(range(len(names)), range(len(names), 2 * len(names))) for axis in pair
+    ]
     grid = grid.transpose(order).reshape([d * i for d, i in zip(dcn_sizes, ici_sizes)])
   return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
@@ -45,8 +50,11 @@ class Rules:
 
   table: Mapping[str, tuple[str, ...]]
 
-  def spec(self, axes: Axes, sizes: Mapping[str, int], shape: Sequence[int], name: str = "") -> PartitionSpec:
-    """The PartitionSpec of array `name` with these logical axes and shape, on a mesh of these sizes.
+  def spec(
+    self, axes: Axes, sizes: Mapping[str, int], shape: Sequence[int], name: str = ""
+  ) -> PartitionSpec:
+    """The PartitionSpec of array `name` with these logical axes and shape, on a mesh of these
+    sizes.
 
     Mesh axes of size 1 drop out. Raises ConfigError for a name without a rule, for a mesh axis that
     would split two dimensions, and for a dimension that does not divide.
@@ -69,8 +77,9 @@ class Rules:
       if size % ways:
         raise ConfigError(
           "logical_axis_rules",
-          f"{axis}={size} of {name or tuple(axes)} does not divide by {' x '.join(taken)} = {ways}; "
-          f"use a size that is a multiple of {ways}, or a parallelism of {math.gcd(size, ways)}",
+          f"{axis}={size} of {name or tuple(axes)} does not divide by "
+          f"{' x '.join(taken)} = {ways}; use a size that is a multiple of {ways}, or a "
+          f"parallelism of {math.gcd(size, ways)}",
         )
       spec.append(None if not taken else taken[0] if len(taken) == 1 else taken)
     return PartitionSpec(*spec)
@@ -88,12 +97,14 @@ class Layout:
     return NamedSharding(self.mesh, self.rules.spec(axes, self.mesh.shape, shape, name))
 
   def gathered(self, axes: Axes, shape: Sequence[int]) -> NamedSharding:
-    """Where a parameter stands while it is used: whole along every mesh axis that splits the batch."""
+    """Where a parameter stands in use: whole along every mesh axis that splits the batch."""
     spec = self.rules.spec(axes, self.mesh.shape, shape)
     batch = self.rules.table.get("activation_batch", ())
 
     def keep(entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-      left = tuple(m for m in ((entry,) if isinstance(entry, str) else entry or ()) if m not in batch)
+      left = tuple(
+        m for m in ((entry,) if isinstance(entry, str) else entry or ()) if m not in batch
+      )
       return None if not left else left[0] if len(left) == 1 else left
 
     return NamedSharding(self.mesh, PartitionSpec(*map(keep, spec)))
@@ -127,8 +138,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def gather(w: jax.Array, axes: Axes) -> jax.Array:
   """A parameter as a contraction uses it: not split over the axes that split the batch.
 
-  Left to itself, XLA's partitioner may instead move the activations over those axes, and for small batches
-  computes a wrong product when it does (tests/test_partitioner.py keeps the case).
+  Left to itself, XLA's partitioner may instead move the activations over those axes, and for small
+  batches computes a wrong product when it does (tests/test_partitioner.py keeps the case).
   """
   if (layout := _active.get()) is None or layout.mesh.size == 1:
     return w
@@ -145,15 +156,17 @@ class Declared:
 
 
 def of(params: Mapping[str, Declared], layout: Layout) -> dict[str, NamedSharding]:
-  """Where each parameter stands, read from its own axis names; raises ConfigError naming the parameter."""
+  """Where each parameter stands, read from its own axis names; raises ConfigError naming the
+  parameter.
+  """
   return {name: layout.sharding(p.axes, p.shape, name) for name, p in params.items()}
 
 
 def table(params: Mapping[str, Declared], layout: Layout, tolerance: float) -> str:
   """The layout of all parameters for people, with what deserves a warning at its end.
 
-  Warned of are parameters that stand whole on every device though they are more than `tolerance` of all
-  bytes, and mesh axes above size 1 that split nothing.
+  Warned of are parameters that stand whole on every device though they are more than `tolerance` of
+  all bytes, and mesh axes above size 1 that split nothing.
   """
   rows, used, total, whole = [], set(layout.rules.table["activation_batch"]), 0, []
   for name, p in params.items():
@@ -161,7 +174,9 @@ def table(params: Mapping[str, Declared], layout: Layout, tolerance: float) -> s
     split = [m for entry in spec if entry for m in ((entry,) if isinstance(entry, str) else entry)]
     bytes_all = math.prod(p.shape) * p.dtype.itemsize
     bytes_here = bytes_all // math.prod(layout.mesh.shape[m] for m in split)
-    rows.append((name, str(list(p.shape)), " ".join(map(str, p.axes)), _spell(spec), f"{bytes_here:,}"))
+    rows.append(
+      (name, str(list(p.shape)), " ".join(map(str, p.axes)), _spell(spec), f"{bytes_here:,}")
+    )
     used.update(split)
     total += bytes_all
     if not split:
@@ -172,14 +187,19 @@ def table(params: Mapping[str, Declared], layout: Layout, tolerance: float) -> s
   lines = [line(head), *map(line, rows)]
   if layout.mesh.size > 1:
     lines += [
-      f"warning: {name} stands whole on every device, {100 * size / total:.1f} % of all parameter bytes"
+      f"warning: {name} stands whole on every device, {size / total:.1%} of all parameters"
       for name, size in whole
       if size > tolerance * total
     ]
     unused = [m for m, n in layout.mesh.shape.items() if n > 1 and m not in used]
-    lines += [f"warning: mesh axis {m!r} of size {layout.mesh.shape[m]} splits nothing" for m in unused]
+    lines += [
+      f"warning: mesh axis {m!r} of size {layout.mesh.shape[m]} splits nothing" for m in unused
+    ]
   return "\n".join(lines)
 
 
 def _spell(spec: PartitionSpec) -> str:
-  return " ".join("-" if entry is None else "+".join([entry] if isinstance(entry, str) else entry) for entry in spec)
+  return " ".join(
+    "-" if entry is None else "+".join([entry] if isinstance(entry, str) else entry)
+    for entry in spec
+  )

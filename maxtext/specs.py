@@ -15,7 +15,9 @@ Activation = Literal["silu", "gelu", "gelu_exact", "relu", "linear"]
 
 @dataclasses.dataclass(frozen=True)
 class RopeSpec:
-  """Rotary positions: pair i of k/2 turns once in `min_timescale * (max/min)^(2i/k) * factor` x 2 pi tokens."""
+  """Rotary positions: pair i of k/2 turns once in `min_timescale * (max/min)^(2i/k) * factor` x 2
+  pi tokens.
+  """
 
   max_timescale: float = 10_000.0
   min_timescale: float = 1.0
@@ -40,7 +42,9 @@ class NormSpec:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-  """One attention layer: heads, who is seen (`window` tokens back, None: all), and how scores are made."""
+  """One attention layer: heads, who is seen (`window` tokens back, None: all), and how scores are
+  made.
+  """
 
   heads: int
   kv_heads: int
@@ -129,7 +133,9 @@ class DecoderSpec:
       if getattr(self, name) < 1:
         raise ConfigError(name, f"{getattr(self, name)} is not at least 1")
     if self.positions < 0:
-      raise ConfigError("positions", f"{self.positions} is not at least 0 (0: no learned positions)")
+      raise ConfigError(
+        "positions", f"{self.positions} is not at least 0 (0: no learned positions)"
+      )
 
   @property
   def depth(self) -> int:

@@ -10,10 +10,13 @@ from maxtext.errors import run_cli
 USAGE = """\
 usage: python -m train CONFIG.yml [key=value ...]
 
-Trains the run that CONFIG.yml describes, or goes on with it if it has begun: runs of the same run_name are one run.
+Trains the run that CONFIG.yml describes, or goes on with it if it has begun: runs of the same
+run_name are one run.
   python -m train configs/quickstart.yml steps=20
-  python -m maxtext.explain KEY CONFIG.yml ...     what a key means, its value and where it comes from
-Ends with 0: finished, or saved on SIGTERM; 2: configuration; 3: data; 4: checkpoint; 5: diverged; 75: start again."""
+  python -m maxtext.explain KEY CONFIG.yml ...     what a key means, its value and where it comes
+  from
+Ends with 0: finished, or saved on SIGTERM; 2: configuration; 3: data; 4: checkpoint; 5: diverged;
+75: start again."""
 
 
 def main(argv: list[str]) -> int:

@@ -17,7 +17,14 @@ from maxtext import estimate, program, resume, sharding
 from maxtext import log as logs
 from maxtext.checkpoints.manager import Checkpoints, preload, restore_parameters, restore_state
 from maxtext.config import Config, check_devices
-from maxtext.data.pipeline import Batches, Corpus, eval_batches, open_corpus, train_batches
+from maxtext.data.pipeline import (
+  Batches,
+  Corpus,
+  eval_batches,
+  open_corpus,
+  train_batches,
+  vocabulary,
+)
 from maxtext.data.place import place
 from maxtext.errors import CheckpointError, ConfigError, Diverged
 from maxtext.log import log
@@ -35,7 +42,9 @@ FACTS, CONFIG, DATA = "facts", "config", "data"  # what a checkpoint holds besid
 
 
 def train(config: Config) -> int:
-  """Train the run to its end, or until it is asked to stop; returns the exit code. Raises UserError."""
+  """Train the run to its end, or until it is asked to stop; returns the exit code. Raises
+  UserError.
+  """
   started = time.monotonic()
   devices = program.find_devices(config.run)
   logs.start(jax.process_index(), config.run.debug)
@@ -43,11 +52,10 @@ def train(config: Config) -> int:
   for line in config.report():
     log.info(line)
   with Stop() as stop, _folder(config) as folder:
-    corpus = open_corpus(config.data)
-    built = program.build(config, devices, corpus.vocab_size)
+    built = program.build(config, devices, vocabulary(config.data))
     if config.mesh.debug_sharding:
       log.info(sharding.table(built.plan.declared, built.layout, config.mesh.sharding_tolerance))
-    run = Run(config, folder, built, corpus, started)
+    run = Run(config, folder, built, started)
     with run.checkpoints or contextlib.nullcontext():  # a save under way is finished, come what may
       return run.train(stop)
 
@@ -66,7 +74,9 @@ def _folder(config: Config) -> Iterator[Path]:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-      problem = f"{config.run.run_name!r} is being trained by another process in {folder}; name another"
+      problem = (
+        f"{config.run.run_name!r} is being trained by another process in {folder}; name another"
+      )
       raise ConfigError("run_name", problem) from None
     yield folder
 
@@ -74,47 +84,65 @@ def _folder(config: Config) -> Iterator[Path]:
 class Run:
   """What a training run holds open: its program, its data, its files."""
 
-  def __init__(self, config: Config, folder: Path, built: Program, corpus: Corpus, started: float):
-    self.config, self.folder, self.program, self.corpus = config, folder, built, corpus
-    self.started = started
+  corpus: Corpus
+  batches: Batches
+  metrics: Metrics
+  progress: Progress
+
+  def __init__(self, config: Config, folder: Path, built: Program, started: float):
+    self.config, self.folder, self.program, self.started = config, folder, built, started
     self.devices = built.layout.mesh.size
     self.rows = config.training.global_batch(self.devices)
     self.length = config.training.max_target_length
-    self.checkpoints = (
-      Checkpoints(folder / "checkpoints", config.checkpoint)
-      if config.checkpoint.enable_checkpointing
-      else None
-    )
+    self.checkpoints = self.save = None
+    if config.checkpoint.enable_checkpointing:
+      self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
+      self.save = Save(self.checkpoints, config.checkpoint.checkpoint_period, self._beside)
 
   def train(self, stop: Stop) -> int:
     """Compile, begin or go on, train, save, and say how it ended."""
-    newest = self._newest()
-    if newest is not None and newest >= self.config.training.steps:
-      log.info(f"{self.folder} has finished its {newest} steps; more steps, or another run_name, train on")
+    newest, steps = self._newest(), self.config.training.steps
+    if newest is not None and newest >= steps:
+      log.info(f"{self.folder} has finished its {newest} steps; set steps or run_name to train on")
       return 0
     with ThreadPoolExecutor(1) as background:
       traced = self.program.step.trace(self.program.state, self.program.batch(self.rows))
       compiling = background.submit(lambda: traced.lower().compile())
       preload()
-      batches = train_batches(self.corpus, self.config.data, self.rows, self.length)
-      state = self._begin(newest, batches)
+      self.corpus = open_corpus(self.config.data)
+      self.batches = train_batches(self.corpus, self.config.data, self.rows, self.length)
+      state = self._begin(newest)
       first = int(state.step)
       self._write_config()
-      step = _compiled(compiling)
-    self._announce(step)
-    with self._metrics(first) as metrics, self._progress(first) as progress:
-      hooks = self._hooks(batches, metrics, progress)
-      self._save_at_start(hooks, first, state)
-      report = self._reporter(metrics, progress)
-      columns = self._placed(batches, self.rows)
-      span = range(first, self.config.training.steps)
-      end = loop(step, state, columns, span if not stop() else range(first, first), report, hooks, stop)
-      self._finish(end, hooks)
-    self._farewell(end, first, hooks, stop)
+      with self._open_metrics(first) as self.metrics:
+        step = _compiled(compiling)
+        self._announce(step)
+        with self._open_progress(first) as self.progress:
+          end = self._loop(step, state, range(first, steps), stop)
+    return end
+
+  def _loop(self, step: Step, state: State, span: range, stop: Stop) -> int:
+    """Run the steps, save the last state and wait until it is on disk."""
+    evaluate = self._evaluate() if self.config.eval.eval_interval > 0 else None
+    hooks: list[Hook] = [hook for hook in (self._histograms(), evaluate, self.save) if hook]
+    checkpoint = self.config.checkpoint
+    if self.save and checkpoint.save_checkpoint_on_start and not self.save.checkpoints.steps():
+      self.save(span.start, state)
+    if stop():
+      span = range(span.start, span.start)
+    columns = self._placed(self.batches, self.rows)
+    end = loop(step, state, columns, span, self._reporter(), hooks, stop)
+    if self.save:
+      if end.finished and (stop() or checkpoint.save_checkpoint_on_completion):
+        self.save(end.finished, end.state)
+      self.save.checkpoints.close()
+    self._farewell(end, None if evaluate is None else evaluate.last, stop)
     return 0
 
   def _newest(self) -> int | None:
-    """The newest whole checkpoint of this run, if the run it belongs to is this one; refuses to start over damage."""
+    """The newest whole checkpoint of this run, if the run it belongs to is this one; refuses to
+    start over damage.
+    """
     if self.checkpoints is None:
       return None
     newest = self.checkpoints.newest()
@@ -123,17 +151,18 @@ class Run:
       resume.check(self.config, extra[CONFIG], extra[FACTS], self.devices)
     elif damaged := self.checkpoints.damaged():
       raise CheckpointError(
-        f"{self.checkpoints.directory} holds steps {', '.join(map(str, damaged))} and none of them is whole; "
-        "move them away to begin the run anew"
+        f"{self.checkpoints.directory} holds steps {', '.join(map(str, damaged))} and none of "
+        "them is whole; move them away to begin the run anew"
       )
     return newest
 
-  def _begin(self, newest: int | None, batches: Batches) -> State:
-    """The newest checkpoint of this run, else what the configuration says to load, else drawn anew."""
+  def _begin(self, newest: int | None) -> State:
+    """The newest checkpoint of this run, else what the configuration loads, else drawn anew."""
     section, like = self.config.checkpoint, self.program.state
     if self.checkpoints is not None and newest is not None:
       state = from_tree(like, self.checkpoints.restore(newest, tree(like)))
-      batches.restore(self.checkpoints.extra(newest)[DATA], self.config.run.resume_changes)
+      data = self.checkpoints.extra(newest)[DATA]
+      self.batches.restore(data, self.config.run.resume_changes)
       log.info(f"resuming {self.folder} after {newest} steps")
       return state
     if section.load_full_state_path:
@@ -146,18 +175,13 @@ class Run:
       return self.program.begin(params)
     return self.program.init()
 
-  def _hooks(self, batches: Batches, metrics: Metrics, progress: Progress) -> list[Hook]:
-    """What runs between steps, in this order."""
-    config, hooks = self.config, list[Hook]()
-    if config.observe.record_internal_nn_metrics:
-      hooks.append(Histograms(metrics, config.observe.log_period))
-    if config.eval.eval_interval > 0:
-      hooks.append(self._evaluation(metrics, progress))
-    if self.checkpoints is not None:
-      hooks.append(Save(self.checkpoints, config.checkpoint.checkpoint_period, self._beside(batches, metrics)))
-    return hooks
+  def _histograms(self) -> Histograms | None:
+    section = self.config.observe
+    if not section.record_internal_nn_metrics:
+      return None
+    return Histograms(self.metrics, section, self.config.training.steps)
 
-  def _evaluation(self, metrics: Metrics, progress: Progress) -> Evaluate:
+  def _evaluate(self) -> Evaluate:
     config = self.config
     rows = config.eval.batch(config.training, self.devices)
     limit = None if config.eval.eval_steps == -1 else config.eval.eval_steps
@@ -172,8 +196,8 @@ class Run:
       evaluate=self.program.evaluate,
       batches=held_out,
       write=self._sample(),
-      metrics=metrics,
-      progress=progress,
+      metrics=self.metrics,
+      progress=self.progress,
     )
 
   def _sample(self) -> Callable[[Params], str] | None:
@@ -184,32 +208,31 @@ class Run:
     write = Writer(self.program, self.corpus.tokenizer, config.decode, config.data.add_bos)
     return write.again(eval.eval_sample_prompt, eval.eval_sample_length, "eval_sample_length")
 
-  def _beside(self, batches: Batches, metrics: Metrics) -> Callable[[], dict[str, Any]]:
+  def _beside(self) -> dict[str, Any]:
     """What stands in a checkpoint beside the state."""
-    text, facts = self.config.resolved(), resume.facts(self.config, self.devices)
-
-    def beside() -> dict[str, Any]:
-      metrics.flush()  # a checkpoint must not know of steps that the metrics have lost
-      return {CONFIG: text, FACTS: facts, DATA: batches.state()}
-
-    return beside
+    self.metrics.flush()  # a checkpoint must not know of steps that the metrics have lost
+    facts = resume.facts(self.config, self.devices)
+    return {CONFIG: self.config.resolved(), FACTS: facts, DATA: self.batches.state()}
 
   def _placed(self, batches: Iterator[dict], rows: int) -> Iterator[Batch]:
     where = self.program.batch(rows)["inputs"].sharding
     return (place(batch, where) for batch in batches)
 
-  def _reporter(self, metrics: Metrics, progress: Progress) -> Callable[[Done], None]:
+  def _reporter(self) -> Callable[[Done], None]:
     """What hears of every finished step: the guard against divergence, the log, the curves."""
     config = self.config
     flops = estimate.step_flops(self.program.spec, self.rows * self.length, self.length).total
     kind = self.program.layout.mesh.devices.flat[0].device_kind
-    pace = Pace(self.rows * self.length, flops, self.devices, estimate.peak_flops(kind), self.started)
+    pace = Pace(
+      self.rows * self.length, flops, self.devices, estimate.peak_flops(kind), self.started
+    )
 
     def report(done: Done) -> None:
-      scalars = step_scalars(done.metrics) | pace.after(done.seconds, done.data_wait, done.hook_wait)
-      progress.step(done.step, scalars)
+      saving = self.save.wait() if self.save else 0.0
+      scalars = step_scalars(done.metrics) | pace.after(done.seconds, done.data_wait, saving)
+      self.progress.step(done.step, scalars)
       if due(done.step, config.observe, config.training.steps):
-        metrics.scalars(done.step, scalars)
+        self.metrics.scalars(done.step, scalars)
       if not done.metrics["ok"]:
         raise Diverged(self._diverged(done))
 
@@ -217,38 +240,30 @@ class Run:
 
   def _diverged(self, done: Done) -> str:
     newest = self.checkpoints.newest() if self.checkpoints is not None else None
-    kept = "no checkpoint was saved" if newest is None else f"the newest checkpoint is after step {newest - 1}"
+    kept = (
+      "no checkpoint was saved"
+      if newest is None
+      else f"the newest checkpoint is after step {newest - 1}"
+    )
     loss, norm = float(done.metrics["loss"]), float(done.metrics["raw_grad_norm"])
     return f"step {done.step}: loss {loss:g}, gradient norm {norm:g}; it was not applied, {kept}"
 
-  def _save_at_start(self, hooks: list[Hook], first: int, state: State) -> None:
-    """Where asked, the state before the first step of a run that has no checkpoint yet."""
-    asked = self.config.checkpoint.save_checkpoint_on_start
-    if asked and self.checkpoints is not None and self.checkpoints.newest() is None:
-      next(hook for hook in hooks if isinstance(hook, Save))(first, state)
-
-  def _finish(self, end: End, hooks: list[Hook]) -> None:
-    """Save what is not saved yet, and wait until it is on disk."""
-    section = self.config.checkpoint
-    if self.checkpoints is not None:
-      if end.finished and (end.why == "stop" or section.save_checkpoint_on_completion):
-        next(hook for hook in hooks if isinstance(hook, Save))(end.finished, end.state)
-      self.checkpoints.close()
-
-  def _farewell(self, end: End, first: int, hooks: list[Hook], stop: Stop) -> None:
-    """How the run ended, and what to do with it now."""
-    steps, name = self.config.training.steps, self.folder
+  def _farewell(self, end: End, loss: float | None, stop: Stop) -> None:
+    """How the run ended, and what to do with it now; `loss` is that of the last evaluation."""
+    steps, done = (
+      self.config.training.steps,
+      f"{end.finished} of {self.config.training.steps} steps",
+    )
     if end.why == "data" and end.finished < steps:
-      log.info(f"the data ended after {end.finished} of {steps} steps (num_epoch={self.config.data.num_epoch})")
-    for hook in hooks:
-      if isinstance(hook, Evaluate) and hook.last is not None:
-        entropy = self.corpus.unigram_entropy()
-        log.info(f"eval loss {hook.last:.3f} nats/token; unigram entropy of the corpus {entropy:.3f}")
-    if end.why == "stop" or stop():
-      saved = "" if self.checkpoints is None else f", saved in {name}/checkpoints"
-      log.info(f"stopped by {stop.name} after {end.finished} of {steps} steps{saved}; the same command resumes it")
+      log.info(f"the data ended after {done} (num_epoch={self.config.data.num_epoch})")
+    if loss is not None:
+      entropy = self.corpus.unigram_entropy()
+      log.info(f"eval loss {loss:.3f} nats/token; unigram entropy of the corpus {entropy:.3f}")
+    if stop():
+      saved = f", saved in {self.save.checkpoints.directory}" if self.save else ", not saved"
+      log.info(f"stopped by {stop.name} after {done}{saved}; the same command resumes it")
     else:
-      log.info(f"finished {end.finished} steps of {name}")
+      log.info(f"finished {end.finished} steps of {self.folder}")
 
   def _write_config(self) -> None:
     """config.yml and what the tokenizer consists of, each file whole or not at all."""
@@ -260,7 +275,7 @@ class Run:
     except OSError as error:
       raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
 
-  def _metrics(self, first: int) -> Metrics:
+  def _open_metrics(self, first: int) -> Metrics:
     return Metrics(
       self.folder,
       self.config.observe,
@@ -271,17 +286,21 @@ class Run:
       jax.process_index(),
     )
 
-  def _progress(self, first: int) -> Progress:
+  def _open_progress(self, first: int) -> Progress:
     steps = self.config.training.steps
     return Progress(self.config.observe, steps, first, self.devices, jax.process_index())
 
   def _announce(self, step: Any) -> None:
     """Once, before the first step: what is trained, on what, at what cost."""
     state, tokens = self.program.state, self.rows * self.length
-    costs = estimate.Estimate.of(self.program.spec, tokens, self.length, state.params, state.opt_state)
+    costs = estimate.Estimate.of(
+      self.program.spec, tokens, self.length, state.params, state.opt_state
+    )
     mesh = self.program.layout.mesh
     log.info(str(self.corpus))
-    for line in costs.lines(mesh.devices.flat[0].device_kind, mesh.shape, estimate.compiled_bytes(step)):
+    for line in costs.lines(
+      mesh.devices.flat[0].device_kind, mesh.shape, estimate.compiled_bytes(step)
+    ):
       log.info(line)
 
 
@@ -294,5 +313,6 @@ def _compiled(compiling: Future) -> Step:
       raise
     first = str(error).splitlines()[0][:200]
     raise ConfigError(
-      "per_device_batch_size", f"a step needs more memory than a device has ({first}); lower it, or remat_policy=full"
+      "per_device_batch_size",
+      f"a step needs more memory than a device has ({first}); lower it, or remat_policy=full",
     ) from error

@@ -1,6 +1,8 @@
-"""Every kind of contraction of the model, forward and gradient, on every kind of mesh, for few and many tokens.
+"""Every kind of contraction of the model, forward and gradient, on every kind of mesh, for few and
+many tokens.
 
-The partitioner's strategy changes with the number of tokens and goes wrong for few of them (test_partitioner).
+The partitioner's strategy changes with the number of tokens and goes wrong for few of them
+(test_partitioner).
 """
 
 import dataclasses
@@ -17,41 +19,83 @@ from maxtext.layers.params import Compute, dot, lookup
 from maxtext.objectives.cross_entropy import Head, cross_entropy
 
 AXES = ("data", "fsdp", "fsdp_transpose", "tensor")
-MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 4, 1, 1), (2, 2, 1, 2), (1, 4, 1, 2), (1, 1, 2, 4), (1, 2, 2, 2)]
-LAYOUTS = [(shape, split) for shape in MESHES for split in (False, True) if not split or shape[-1] > 1]
+MESHES = [
+  (8, 1, 1, 1),
+  (1, 8, 1, 1),
+  (2, 4, 1, 1),
+  (2, 2, 1, 2),
+  (1, 4, 1, 2),
+  (1, 1, 2, 4),
+  (1, 2, 2, 2),
+]
+LAYOUTS = [
+  (shape, split) for shape in MESHES for split in (False, True) if not split or shape[-1] > 1
+]
 WIDTH, HEADS, GROUPS, HEAD_DIM, HIDDEN, VOCAB = 64, 8, 4, 16, 128, 256
-KINDS = {  # name -> the equation, the parameter's axes and sizes, the axes of the input and of the output
-  "query": ("btd,dhk->bthk", {"embed": WIDTH, "q_heads": HEADS, "kv": HEAD_DIM}, "embed", "heads kv"),
-  "key": ("btd,dgk->btgk", {"embed": WIDTH, "kv_heads": GROUPS, "kv_head_dim": HEAD_DIM}, "embed", "kv_heads kv"),
+KINDS = {  # name -> equation, the parameter's axes and sizes, the axes of input and output
+  "query": (
+    "btd,dhk->bthk",
+    {"embed": WIDTH, "q_heads": HEADS, "kv": HEAD_DIM},
+    "embed",
+    "heads kv",
+  ),
+  "key": (
+    "btd,dgk->btgk",
+    {"embed": WIDTH, "kv_heads": GROUPS, "kv_head_dim": HEAD_DIM},
+    "embed",
+    "kv_heads kv",
+  ),
   "out": ("bthk,hkd->btd", {"heads": HEADS, "kv": HEAD_DIM, "embed": WIDTH}, "heads kv", "embed"),
   "up": ("btd,df->btf", {"embed": WIDTH, "mlp": HIDDEN}, "embed", "mlp"),
   "down": ("btf,fd->btd", {"mlp": HIDDEN, "embed": WIDTH}, "mlp", "embed"),
   "head": ("btd,dv->btv", {"embed": WIDTH, "vocab": VOCAB}, "embed", "vocab"),
   "tied head": ("btd,vd->btv", {"vocab": VOCAB, "embed": WIDTH}, "embed", "vocab"),
 }
-SIZES = {"embed": WIDTH, "heads": HEADS, "kv_heads": GROUPS, "kv": HEAD_DIM, "mlp": HIDDEN, "vocab": VOCAB}
+SIZES = {
+  "embed": WIDTH,
+  "heads": HEADS,
+  "kv_heads": GROUPS,
+  "kv": HEAD_DIM,
+  "mlp": HIDDEN,
+  "vocab": VOCAB,
+}
 COMPUTE = Compute()
 
 
 def make_layout(shape, split_width):
-  mesh = Mesh(np.array(jax.devices()[:8]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  mesh = Mesh(
+    np.array(jax.devices()[:8]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+  )
   table = {"activation_batch": ("data", "fsdp", "fsdp_transpose"), "activation_length": ()}
   table |= {f"activation_{name}": ("tensor",) for name in ("heads", "kv_heads", "mlp", "vocab")}
-  table |= {"activation_kv": (), "activation_embed": ("tensor",) if split_width else (), "embed": ("fsdp",)}
-  table |= {name: ("tensor",) for name in ("heads", "q_heads", "kv_heads")}
-  table |= {name: ("fsdp_transpose", "tensor") for name in ("mlp", "vocab")} | {"kv": (), "kv_head_dim": ()}
+  table |= {
+    "activation_kv": (),
+    "activation_embed": ("tensor",) if split_width else (),
+    "embed": ("fsdp",),
+  }
+  table |= dict.fromkeys(("heads", "q_heads", "kv_heads"), ("tensor",))
+  table |= dict.fromkeys(("mlp", "vocab"), ("fsdp_transpose", "tensor")) | {
+    "kv": (),
+    "kv_head_dim": (),
+  }
   return sharding.Layout(mesh, sharding.Rules(table))
 
 
 def activation(names):
-  return ("activation_batch", "activation_length", *(f"activation_{name}" for name in names.split()))
+  return (
+    "activation_batch",
+    "activation_length",
+    *(f"activation_{name}" for name in names.split()),
+  )
 
 
 def inputs(rows, tokens):
   random = np.random.default_rng(0)
   draw = lambda *shape: random.normal(size=shape).astype(np.float32)
   params = {kind: draw(*axes.values()) for kind, (_, axes, _, _) in KINDS.items()}
-  xs = {kind: draw(rows, tokens, *(SIZES[n] for n in x.split())) for kind, (_, _, x, _) in KINDS.items()}
+  xs = {
+    kind: draw(rows, tokens, *(SIZES[n] for n in x.split())) for kind, (_, _, x, _) in KINDS.items()
+  }
   ids = random.integers(0, VOCAB, (rows, tokens)).astype(np.int32)
   return params, xs, ids
 
@@ -63,7 +107,10 @@ def everything(params, xs, ids):
     p = nnx.Param(params[kind], axes=tuple(axes))
     x = sharding.constrain(xs[kind], *activation(x_names))
     y = sharding.constrain(dot(equation, x, p, COMPUTE), *activation(y_names))
-    outs[kind], total = y, total + jnp.sin(y).sum()  # sin: a cotangent that differs from place to place
+    outs[kind], total = (
+      y,
+      total + jnp.sin(y).sum(),
+    )  # sin: a cotangent that differs from place to place
   rows = lookup(nnx.Param(params["tied head"], axes=("vocab", "embed")), ids, jnp.float32)
   rows = sharding.constrain(rows, *activation("embed"))
   head = Head("btd,dv->btv", ("embed", "vocab"), z_loss=1e-2)
@@ -111,10 +158,14 @@ def test_a_gradient_is_summed_in_float32():
   """1 + 2^-9 added up 512 times is lost in bfloat16, whose sums stop growing at 256."""
   p = nnx.Param(jnp.zeros((1, 1)), axes=("embed", "mlp"))
   x = jnp.ones((1, 512, 1), jnp.bfloat16)
-  grad = jax.grad(lambda w: dot("btd,df->btf", x, p.replace(w), COMPUTE).astype(jnp.float32).sum())(p[...])
+  grad = jax.grad(lambda w: dot("btd,df->btf", x, p.replace(w), COMPUTE).astype(jnp.float32).sum())(
+    p[...]
+  )
   assert float(grad[0, 0]) == 512
   rows = jnp.zeros((1, 512), jnp.int32)
-  grad = jax.grad(lambda w: lookup(p.replace(w), rows, jnp.bfloat16).astype(jnp.float32).sum())(p[...])
+  grad = jax.grad(lambda w: lookup(p.replace(w), rows, jnp.bfloat16).astype(jnp.float32).sum())(
+    p[...]
+  )
   assert float(grad[0, 0]) == 512
 
 
@@ -133,9 +184,11 @@ def test_the_head_takes_tiles_caps_and_weights_as_plain_code_does():
     return ((entropy + 0.1 * norm**2) * weights).sum()
 
   want = jax.value_and_grad(plain, (0, 1))(x, w)
+
+  def loss(x, w, tiles):
+    return cross_entropy(dataclasses.replace(head, tiles=tiles), x, w, targets, weights)[0]
+
   for tiles in (1, 2, 8):
-    tiled = dataclasses.replace(head, tiles=tiles)
-    loss = lambda x, w: cross_entropy(tiled, x, w, targets, weights)[0]
-    got = jax.value_and_grad(loss, (0, 1))(x, w)
+    got = jax.value_and_grad(loss, (0, 1))(x, w, tiles)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
-    np.testing.assert_allclose(loss(x, w), want[0], rtol=1e-6)
+    np.testing.assert_allclose(loss(x, w, tiles), want[0], rtol=1e-6)

@@ -1,4 +1,6 @@
-"""Every mesh gives the same losses, and accumulating is one batch: the whole program, by its configuration."""
+"""Every mesh gives the same losses, and accumulating is one batch: the whole program, by its
+configuration.
+"""
 
 import functools
 
@@ -10,12 +12,15 @@ from maxtext import config, program
 
 ROWS, LENGTH, STEPS = 16, 16, 5
 COMMON = (
-  "run_name=equivalence dtype=float32 vocab_size=320 base_emb_dim=32 base_num_query_heads=4 base_num_kv_heads=2 "
-  f"base_mlp_dim=64 base_num_decoder_layers=2 max_target_length={LENGTH} steps=10 learning_rate=0.01 "
-  "z_loss_multiplier=1e-3"
+  "run_name=equivalence dtype=float32 vocab_size=320 base_emb_dim=32 base_num_query_heads=4 "
+  "base_num_kv_heads=2 base_mlp_dim=64 base_num_decoder_layers=2 steps=10 learning_rate=0.01 "
+  f"max_target_length={LENGTH} z_loss_multiplier=1e-3"
 ).split()
-GATED, UNGATED = ("decoder_block=llama2",), ("decoder_block=gpt3", "base_num_kv_heads=4", "trainable_position_size=16")
-SPLIT = ('logical_axis_rules={activation_embed: [tensor]}',)
+GATED, UNGATED = (
+  ("decoder_block=llama2",),
+  ("decoder_block=gpt3", "base_num_kv_heads=4", "trainable_position_size=16"),
+)
+SPLIT = ("logical_axis_rules={activation_embed: [tensor]}",)
 MESHES = {  # data, fsdp, fsdp_transpose, tensor
   "1": (1, 1, 1, 1),
   "8x1": (8, 1, 1, 1),
@@ -50,7 +55,13 @@ def run(mesh, parts, keys):
   keys = [k for k in COMMON if k.split("=")[0] not in {o.split("=")[0] for o in keys}] + list(keys)
   rows = f"per_device_batch_size={ROWS / devices / parts:g}"
   loaded = config.load(
-    [*keys, rows, f"gradient_accumulation_steps={parts}", *(f"ici_{a}_parallelism={n}" for a, n in axes)], {}
+    [
+      *keys,
+      rows,
+      f"gradient_accumulation_steps={parts}",
+      *(f"ici_{a}_parallelism={n}" for a, n in axes),
+    ],
+    {},
   )
   built = program.build(loaded, jax.devices()[:devices])
   state, numbers = built.init(), []
@@ -58,14 +69,20 @@ def run(mesh, parts, keys):
   for step in range(STEPS):
     state, metrics = built.step(state, jax.device_put(batch(step), places))
     assert metrics["ok"]
-    numbers.append([float(metrics[name]) for name in ("loss", "lm_loss", "z_loss", "raw_grad_norm", "total_weights")])
+    numbers.append(
+      [
+        float(metrics[name])
+        for name in ("loss", "lm_loss", "z_loss", "raw_grad_norm", "total_weights")
+      ]
+    )
   return np.array(numbers), jax.tree.map(np.asarray, state.params)
 
 
 def agree(mesh, parts=1, keys=GATED, reference=GATED):
   (numbers, params), (want, want_params) = run(mesh, parts, keys), run("1", 1, reference)
   np.testing.assert_allclose(numbers, want, rtol=1e-5)
-  # adamw turns the noise of a gradient near zero into a share of a step of at most learning_rate = 0.01
+  # adamw turns the noise of a gradient near zero into a share of a step of at most learning_rate =
+  # 0.01
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), params, want_params)
 
 
@@ -73,12 +90,14 @@ def slow_but(*fast, of):
   return [x if x in fast else pytest.param(x, marks=pytest.mark.slow) for x in of]
 
 
-@pytest.mark.parametrize("mesh", slow_but("8x1", "1x8", "2x4", "2x2x2", of=[m for m in MESHES if m != "1"]))
+@pytest.mark.parametrize(
+  "mesh", slow_but("8x1", "1x8", "2x4", "2x2x2", of=[m for m in MESHES if m != "1"])
+)
 def test_every_mesh_gives_the_losses_of_one_device(mesh):
   agree(mesh)
 
 
-@pytest.mark.parametrize("mesh", slow_but("1", "2x2x2", of=[m for m in MESHES]))
+@pytest.mark.parametrize("mesh", slow_but("1", "2x2x2", of=list(MESHES)))
 def test_accumulating_is_one_batch(mesh):
   agree(mesh, parts=2)
 
@@ -110,7 +129,9 @@ def test_how_it_is_computed_changes_no_loss(keys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [m for m in MESHES if m != "1"])
-@pytest.mark.parametrize("keys", [("attention=blockwise",), ("num_vocab_tiling=4",), ("scan_layers=false",)])
+@pytest.mark.parametrize(
+  "keys", [("attention=blockwise",), ("num_vocab_tiling=4",), ("scan_layers=false",)]
+)
 def test_nor_does_it_on_a_mesh(mesh, keys):
   agree(mesh, keys=(*GATED, *keys))
 
@@ -123,7 +144,12 @@ def test_a_parameter_is_drawn_the_same_on_every_mesh():
 def start(mesh):
   sizes = MESHES[mesh]
   axes = zip(("data", "fsdp", "fsdp_transpose", "tensor"), sizes)
-  keys = [*COMMON, *GATED, "per_device_batch_size=2", *(f"ici_{a}_parallelism={n}" for a, n in axes)]
+  keys = [
+    *COMMON,
+    *GATED,
+    "per_device_batch_size=2",
+    *(f"ici_{a}_parallelism={n}" for a, n in axes),
+  ]
   return program.build(config.load(keys, {}), jax.devices()[: int(np.prod(sizes))]).init().params
 
 

@@ -1,7 +1,7 @@
 """The wrong product of XLA's partitioner that `sharding.gather` keeps away: here it is, alone.
 
-openxla/xla#40034 is of this kind. When the first test fails, XLA is mended: then measure whether the guard is
-still worth its all-gathers, and drop both if not.
+openxla/xla#40034 is of this kind. When the first test fails, XLA is mended: then measure whether
+the guard is still worth its all-gathers, and drop both if not.
 """
 
 import jax
@@ -25,7 +25,9 @@ RULES = sharding.Rules(
 
 def operands():
   mesh = Mesh(
-    np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3
+    np.array(jax.devices()[:8]).reshape(2, 2, 2),
+    ("data", "fsdp", "tensor"),
+    axis_types=(AxisType.Auto,) * 3,
   )
   layout = sharding.Layout(mesh, RULES)
   random = np.random.default_rng(0)
@@ -43,7 +45,9 @@ def error_of(product):
 
   def run(x, w):
     with sharding.use(layout):
-      return sharding.constrain(product(x, w), "activation_batch", "activation_length", "activation_mlp")
+      return sharding.constrain(
+        product(x, w), "activation_batch", "activation_length", "activation_mlp"
+      )
 
   return float(np.abs(np.asarray(jax.jit(run)(x, w)) - right).max())
 

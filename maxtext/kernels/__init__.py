@@ -74,16 +74,16 @@ def attend(
 
 
 def _choose(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Scores) -> str:
-  """The first fit kernel in the order of preference for this shape, logged once per answer."""
+  """The first fit kernel in the order of preference for this shape, said once of each kernel."""
   long = q.shape[1] * k.shape[1] >= LONG
   order = ("blockwise", "dot_product") if long else ("dot_product", "blockwise")
   passed: list[str] = []
   for name in order:
     if (why := _kernels[name][1](q, k, v, mask, scores)) is None:
-      line = f"attention: {name} for queries x keys = {q.shape[1]} x {k.shape[1]}" + "".join(passed)
-      if line not in _announced:
-        _announced.add(line)
-        log.info(line)
+      if name not in _announced:
+        _announced.add(name)
+        shape = f"{q.shape[1]} x {k.shape[1]}"
+        log.info(f"attention: {name} for queries x keys = {shape}" + "".join(passed))
       return name
     passed.append(f"; not {name}: {why}")
   raise ConfigError("attention", "no kernel can serve this layer" + "".join(passed))

@@ -28,7 +28,9 @@ class Cache(Protocol):
   def append(
     self: C, k: jax.Array, v: jax.Array, mask: Mask
   ) -> tuple[C, jax.Array, jax.Array, Mask]:
-    """k, v [b t g k] and their mask -> the cache, keys and values [b s g k], and the mask over [b t s]."""
+    """k, v [b t g k] and their mask -> the cache, keys and values [b s g k], and the mask over [b t
+    s].
+    """
 
 
 class Attention(nnx.Module):
@@ -42,12 +44,20 @@ class Attention(nnx.Module):
     self.key = Dense(rngs, compute, "btd,dgk->btgk", bias=spec.bias, embed=width, **groups)
     self.value = Dense(rngs, compute, "btd,dgk->btgk", bias=spec.bias, embed=width, **groups)
     self.out = Dense(
-      rngs, compute, "bthk,hkd->btd", bias=spec.bias, heads=spec.heads, kv=spec.head_dim, embed=width
+      rngs,
+      compute,
+      "bthk,hkd->btd",
+      bias=spec.bias,
+      heads=spec.heads,
+      kv=spec.head_dim,
+      embed=width,
     )
     norm = lambda: spec.qk_norm and make_norm(spec.qk_norm, spec.head_dim, compute, rngs)
     self.query_norm, self.key_norm = norm(), norm()
 
-  def __call__(self, x: jax.Array, mask: Mask, cache: C | None = None) -> tuple[jax.Array, C | None]:
+  def __call__(
+    self, x: jax.Array, mask: Mask, cache: C | None = None
+  ) -> tuple[jax.Array, C | None]:
     """With a cache, earlier keys and values come from it, and it comes back with the new ones."""
     spec = self.spec
     q, k, v = self.query(x), self.key(x), self.value(x)

@@ -37,7 +37,9 @@ class Block(nnx.Module):
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-  """x with a share `rate` of its elements zeroed and the rest scaled to keep the mean; x without a key."""
+  """x with a share `rate` of its elements zeroed and the rest scaled to keep the mean; x without a
+  key.
+  """
   if key is None or rate == 0:
     return x
   keep = jax.random.bernoulli(key, 1 - rate, x.shape)

@@ -26,12 +26,16 @@ class Decoder(nnx.Module):
     self.spec, self.compute = spec, compute
     self.embedding = param(rngs, small, dtype, vocab=spec.vocab, embed=spec.width)
     self.positions = (
-      param(rngs, small, dtype, position=spec.positions, embed=spec.width) if spec.positions else None
+      param(rngs, small, dtype, position=spec.positions, embed=spec.width)
+      if spec.positions
+      else None
     )
     self.stages = nnx.List([Stack(s, spec.width, compute, memory, rngs) for s in spec.stages])
     self.norm = make_norm(spec.norm, spec.width, compute, rngs)
     unembed = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-    self.unembedding = None if spec.tied else param(rngs, unembed, dtype, embed=spec.width, vocab=spec.vocab)
+    self.unembedding = (
+      None if spec.tied else param(rngs, unembed, dtype, embed=spec.width, vocab=spec.vocab)
+    )
 
   def __call__(self, tokens: jax.Array, mask: Mask) -> jax.Array:
     """tokens [b t] -> logits [b t v], float32."""
@@ -40,7 +44,8 @@ class Decoder(nnx.Module):
   def hidden(
     self, tokens: jax.Array, mask: Mask, caches: Any = None, key: jax.Array | None = None
   ) -> tuple[jax.Array, Any]:
-    """tokens [b t] at mask.q_pos -> the normalised last layer [b t d], and the caches with the new tokens.
+    """tokens [b t] at mask.q_pos -> the normalised last layer [b t d], and the caches with the new
+    tokens.
 
     `caches` holds one entry per stage; `key` draws dropout, without it there is none.
     """
@@ -67,7 +72,9 @@ class Decoder(nnx.Module):
     """The normalised last layer [b t d] -> logits [b t v], float32."""
     equation, p = self.head()
     x = x.astype(jnp.float32) if self.compute.f32_logits else x
-    logits = soft_cap(dot(equation, x, p, self.compute).astype(jnp.float32), self.spec.final_soft_cap)
+    logits = soft_cap(
+      dot(equation, x, p, self.compute).astype(jnp.float32), self.spec.final_soft_cap
+    )
     return constrain(logits, "activation_batch", "activation_length", "activation_vocab")
 
 

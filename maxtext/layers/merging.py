@@ -17,7 +17,7 @@ Params = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A model without its parameters: `build` draws them, `merge` puts any of the declared shapes in."""
+  """A model without its parameters: `build` draws them, `merge` puts any such arrays in."""
 
   build: Callable[[nnx.Rngs], Decoder]
   graph: Any

@@ -22,7 +22,7 @@ ACTIVATIONS = {
 
 
 class Mlp(nnx.Module):
-  """x [b t d] -> [b t d]: the product of one activated projection per activation, projected back."""
+  """x [b t d] -> [b t d]: the product of the activated projections, projected back."""
 
   def __init__(self, spec: MlpSpec, width: int, compute: Compute, rngs: nnx.Rngs):
     self.spec = spec

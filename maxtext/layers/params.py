@@ -19,8 +19,9 @@ Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 class Compute:
   """How layers compute, as opposed to what: dtypes, the attention kernel, and matmul precision.
 
-  Activations and matmul inputs have `dtype`, parameters `weight_dtype`; norms, softmax sums, rotary angles and
-  the loss are float32 always. `f32_scores` computes q.k in float32, `f32_logits` the unembedding.
+  Activations and matmul inputs have `dtype`, parameters `weight_dtype`; norms, softmax sums, rotary
+  angles and the loss are float32 always. `f32_scores` computes q.k in float32, `f32_logits` the
+  unembedding.
   """
 
   dtype: jnp.dtype = jnp.dtype("float32")
@@ -39,8 +40,8 @@ def param(rngs: nnx.Rngs, init: Initializer, dtype: jnp.dtype, /, **axes: int) -
 def dot(equation: str, x: jax.Array, p: nnx.Param, compute: Compute) -> jax.Array:
   """einsum of an activation with a parameter, in the activation's dtype.
 
-  The one seam where a parameter is cast, gathered over the batch's mesh axes, and its gradient summed in
-  float32 and scattered back. The gathered copy is never kept for the backward pass.
+  The one seam where a parameter is cast, gathered over the batch's mesh axes, and its gradient
+  summed in float32 and scattered back. The gathered copy is never kept for the backward pass.
   """
   return _dot(equation, p.get_metadata()["axes"], compute.matmul_precision, x, p[...])
 
@@ -58,7 +59,9 @@ def _dot_backward(equation, axes, precision, saved, g):
   x, w = saved
   inputs, out = equation.split("->")
   a, b = inputs.split(",")
-  dx = jnp.einsum(f"{out},{b}->{a}", g, sharding.gather(w.astype(x.dtype), axes), precision=precision)
+  dx = jnp.einsum(
+    f"{out},{b}->{a}", g, sharding.gather(w.astype(x.dtype), axes), precision=precision
+  )
   dw = jnp.einsum(f"{a},{out}->{b}", x, g, precision=precision, preferred_element_type=jnp.float32)
   return dx, sharding.constrain(dw.astype(w.dtype), *axes)
 
@@ -91,13 +94,16 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class Dense(nnx.Module):
-  """A projection by an einsum such as 'btd,dhk->bthk', with an optional bias over the new dimensions.
+  """A projection by an einsum such as 'btd,dhk->bthk', with an optional bias over the new
+  dimensions.
 
-  `axes` name the kernel's dimensions in the equation's order, with their sizes. The kernel is drawn from a
-  truncated normal of variance 1 / fan-in.
+  `axes` name the kernel's dimensions in the equation's order, with their sizes. The kernel is drawn
+  from a truncated normal of variance 1 / fan-in.
   """
 
-  def __init__(self, rngs: nnx.Rngs, compute: Compute, equation: str, *, bias: bool = False, **axes: int):
+  def __init__(
+    self, rngs: nnx.Rngs, compute: Compute, equation: str, *, bias: bool = False, **axes: int
+  ):
     a, b, out = equation.replace("->", ",").split(",")
     contracted = [i for i, letter in enumerate(b) if letter in a]
     kept = [i for i in range(len(b)) if i not in contracted]

@@ -1,4 +1,6 @@
-"""`repeat` copies of a stage's blocks: stacked parameters, run by scan or unrolled, rematerialised by name."""
+"""`repeat` copies of a stage's blocks: stacked parameters, run by scan or unrolled, rematerialised
+by name.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,11 @@ class Stack(nnx.Module):
   def __call__(
     self, x: jax.Array, mask: Mask, caches: Any = None, key: jax.Array | None = None
   ) -> tuple[jax.Array, Any]:
-    """x [b t d] -> [b t d]; `caches` is a tuple with one cache per block, of all its layers, or None.
+    """x [b t d] -> [b t d]; `caches` is a tuple with one cache per block, of all its layers, or
+    None.
 
-    Caches are carried from layer to layer, not cut and stacked again, so that they are written in place.
+    Caches are carried from layer to layer, not cut and stacked again, so that they are written in
+    place.
     """
     graph, weights = nnx.split(self.blocks)
     weights = jax.tree.map(_one_layer, weights, is_leaf=lambda v: isinstance(v, nnx.Variable))

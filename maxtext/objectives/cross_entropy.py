@@ -1,8 +1,9 @@
 """Cross entropy from the last layer, without ever holding the logits of more than one tile.
 
-The gradient by the logits is known as soon as the logits are, so the forward pass computes the gradients by
-the last layer and by the unembedding tile after tile, and the backward pass only scales them. That is three
-products in all, as many as plain differentiation has, and no [b t v] array outlives its tile.
+The gradient by the logits is known as soon as the logits are, so the forward pass computes the
+gradients by the last layer and by the unembedding tile after tile, and the backward pass only
+scales them. That is three products in all, as many as plain differentiation has, and no [b t v]
+array outlives its tile.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ class Head:
 def cross_entropy(
   head: Head, x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> Sums:
-  """x [b t d], w, targets [b t], weights [b t] -> sums over tokens: loss, cross entropy, z-loss; float32.
+  """x [b t d], w, targets [b t], weights [b t] -> sums over tokens: loss, cross entropy, z-loss;
+  float32.
 
-  Only the loss (cross entropy + z-loss) can be differentiated, by x and w; the other two are for reading.
+  Only the loss (cross entropy + z-loss) can be differentiated, by x and w; the other two are for
+  reading.
   """
   x = x.astype(jnp.float32) if head.f32 else x
   loss, entropy, z = _sums(head, x, w, targets, weights)
@@ -59,14 +62,18 @@ def _sums(head: Head, x: jax.Array, w: jax.Array, targets: jax.Array, weights: j
 
 def _forward(head: Head, x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array):
   used = sharding.gather(w.astype(x.dtype), head.axes)
-  (inputs, out), (a, b) = head.equation.split("->"), head.equation.split("->")[0].split(",")
+  a, b, out = head.equation.replace("->", ",").split(",")
 
   def tile(carry: tuple[Sums, jax.Array], part: tuple):
     sums, dw = carry
     new, dlogits = _tile(head, used, *part)
     dx = jnp.einsum(f"{out},{b}->{a}", dlogits, used, precision=head.precision)
     more = jnp.einsum(
-      f"{a},{out}->{b}", part[0], dlogits, precision=head.precision, preferred_element_type=jnp.float32
+      f"{a},{out}->{b}",
+      part[0],
+      dlogits,
+      precision=head.precision,
+      preferred_element_type=jnp.float32,
     )
     return (_add(sums, new), sharding.constrain(dw + more, *head.axes)), dx
 
@@ -86,8 +93,10 @@ _sums.defvjp(_forward, _backward)
 def _tile(
   head: Head, w: jax.Array, x: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[Sums, jax.Array]:
-  """The sums over one tile, and the gradient of its loss by its uncapped logits, in the dtype of x."""
-  logits = jnp.einsum(head.equation, x, w, precision=head.precision, preferred_element_type=jnp.float32)
+  """The sums over one tile, and its loss's gradient by its uncapped logits in the dtype of x."""
+  logits = jnp.einsum(
+    head.equation, x, w, precision=head.precision, preferred_element_type=jnp.float32
+  )
   logits = sharding.constrain(logits, "activation_batch", "activation_length", "activation_vocab")
   if head.soft_cap is not None:
     logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
@@ -118,7 +127,9 @@ def _add(a: Sums, b: Sums) -> Sums:
 def _cut(head: Head, *arrays: jax.Array) -> tuple[jax.Array, ...]:
   """[b t ...] -> [tiles b t/tiles ...], each."""
   n = head.tiles
-  return tuple(jnp.moveaxis(x.reshape(x.shape[0], n, x.shape[1] // n, *x.shape[2:]), 1, 0) for x in arrays)
+  return tuple(
+    jnp.moveaxis(x.reshape(x.shape[0], n, x.shape[1] // n, *x.shape[2:]), 1, 0) for x in arrays
+  )
 
 
 def _join(x: jax.Array) -> jax.Array:

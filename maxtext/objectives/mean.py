@@ -11,7 +11,9 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mean:
-  """A sum and its weight, kept apart until the end: so parts add up to what one big batch would give."""
+  """A sum and its weight, kept apart until the end: so parts add up to what one big batch would
+  give.
+  """
 
   total: jax.Array
   weight: jax.Array

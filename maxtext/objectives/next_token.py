@@ -17,7 +17,8 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class NextToken:
-  """(model, batch, dropout key) -> sums over the tokens that are not padding, by name; 'loss' is minimised.
+  """(model, batch, dropout key) -> sums over the tokens that are not padding, by name; 'loss' is
+  minimised.
 
   `z_loss` weighs the z-loss of PaLM (Chowdhery et al. 2022, section 5), `tiles` cuts the logits.
   """

@@ -21,10 +21,10 @@ Caches = tuple[tuple["DenseCache", ...], ...]
 class DenseCache:
   """A slot per token, in all layers of one block: keys, values [l b s g k].
 
-  positions, segments [l b s] are those of the tokens in the slots, segment 0 is an empty slot or padding;
-  `written` [l] slots are in use. All rows write to the same slots: prompts of different lengths are padded
-  on the left. More than `s` tokens must not be appended. `layer` is the one that is open; while the
-  cache is `fresh`, nothing is held yet, and new tokens see each other only.
+  positions, segments [l b s] are those of the tokens in the slots; segment 0 is an empty slot, or
+  padding. `written` [l] slots are in use. All rows write to the same slots: prompts of different
+  lengths are padded on the left. More than `s` tokens must not be appended. `layer` is the one that
+  is open; while the cache is `fresh`, nothing is held yet, and new tokens see each other only.
   """
 
   keys: jax.Array
@@ -46,7 +46,7 @@ class DenseCache:
   def append(
     self, k: jax.Array, v: jax.Array, mask: Mask
   ) -> tuple[DenseCache, jax.Array, jax.Array, Mask]:
-    """k, v [b t g k] after what is held -> the cache, all keys and values [b s g k], the mask over [b t s]."""
+    """k, v [b t g k] -> the cache with them, all keys and values [b s g k], the mask over [b t s]."""
     if self.fresh:
       return self._write(k, v, mask), k, v, mask
     cache = self._write(k, v, mask)
@@ -91,7 +91,7 @@ class DenseCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RingCache(DenseCache):
-  """The last `s` tokens, for layers whose window is no longer: each new one takes the place of the oldest."""
+  """The last `s` tokens, for a window no longer than that: a new one takes the oldest one's place."""
 
   def append(
     self, k: jax.Array, v: jax.Array, mask: Mask
@@ -124,7 +124,7 @@ class RingCache(DenseCache):
 
 
 def empty(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype) -> Caches:
-  """Fresh caches of a decoder: `batch` rows of `slots` tokens, fewer where a layer's window is shorter."""
+  """Fresh caches of a decoder: `batch` rows of `slots` tokens, fewer where a window is shorter."""
   return tuple(
     tuple(_empty(block.attention, stage.repeat, batch, slots, dtype) for block in stage.blocks)
     for stage in spec.stages

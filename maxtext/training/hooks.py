@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable
 from functools import reduce
 from operator import add
@@ -13,19 +14,20 @@ import jax
 from maxtext.checkpoints.manager import Checkpoints
 from maxtext.log import log
 from maxtext.objectives.mean import Mean
-from maxtext.training.metrics import Metrics, eval_scalars, format_eval
+from maxtext.training.metrics import Metrics, due, eval_scalars, format_eval
 from maxtext.training.progress import Progress
-from maxtext.training.sections import Eval
+from maxtext.training.sections import Eval, Observe
 from maxtext.training.state import Params, State, tree
 from maxtext.training.step import Batch
 
 
 @dataclasses.dataclass
 class Evaluate:
-  """Every `eval_interval` steps and after the last: the loss on held-out text, and a sample of text.
+  """Every `eval_interval` steps and after the last: the loss on held-out text, and a sample of
+  text.
 
-  `batches` opens one pass over the held-out batches; `write` makes the sample. True, to end the training,
-  once the loss reaches `target_eval_loss`.
+  `batches` opens one pass over the held-out batches; `write` makes the sample. True, to end the
+  training, once the loss reaches `target_eval_loss`.
   """
 
   section: Eval
@@ -61,32 +63,43 @@ class Evaluate:
 
 @dataclasses.dataclass
 class Save:
-  """Every `checkpoint_period` steps: the state, and beside it whatever `beside` says at that moment."""
+  """Every `checkpoint_period` steps: the state, and beside it whatever `beside` says at that
+  moment.
+  """
 
   checkpoints: Checkpoints
   period: int
   beside: Callable[[], dict[str, Any]]
   saved: int = -1  # the newest step that was given to be saved
+  waited: float = 0.0
 
   def due(self, finished: int) -> bool:
     return finished % self.period == 0
 
   def __call__(self, finished: int, state: State) -> bool:
     if finished != self.saved:
+      begun = time.monotonic()
       self.checkpoints.save(finished, tree(state), self.beside(), force=True)
       self.saved = finished
+      self.waited += time.monotonic() - begun
     return False
+
+  def wait(self) -> float:
+    """The seconds that training stood still for saves since this was last asked."""
+    waited, self.waited = self.waited, 0.0
+    return waited
 
 
 @dataclasses.dataclass
 class Histograms:
-  """Every `period` steps: the distribution of each parameter."""
+  """At every step that has a line: the distribution of each parameter."""
 
   metrics: Metrics
-  period: int
+  section: Observe
+  steps: int
 
   def due(self, finished: int) -> bool:
-    return finished % self.period == 0
+    return due(finished - 1, self.section, self.steps)
 
   def __call__(self, finished: int, state: State) -> bool:
     self.metrics.histograms(finished - 1, {f"params/{name}": x for name, x in state.params.items()})

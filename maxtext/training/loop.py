@@ -17,16 +17,15 @@ Step = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-  """A finished step: its index, metrics as numbers, and its seconds; `data_wait` of them went on data.
+  """A finished step: its index, metrics as numbers, and its seconds, `data_wait` of them for data.
 
-  Hooks are not part of a step's time; `hook_wait` is what they took since the step before.
+  What hooks take is not part of a step's time.
   """
 
   step: int
   metrics: dict[str, Any]
   seconds: float
   data_wait: float
-  hook_wait: float
 
 
 class Hook(Protocol):
@@ -41,21 +40,13 @@ class Hook(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class End:
-  """Where a loop ended: the state, how many steps are finished, and why: 'steps', 'data', 'hook' or 'stop'."""
+  """Where a loop ended: the state, how many steps are finished, and why: 'steps', 'data', 'hook' or
+  'stop'.
+  """
 
   state: State
   finished: int
   why: str
-
-
-@dataclasses.dataclass
-class _Clock:
-  mark: float
-  hooks: float = 0.0
-
-  def lap(self) -> float:
-    before, self.mark = self.mark, time.monotonic()
-    return self.mark - before
 
 
 def loop(
@@ -69,19 +60,19 @@ def loop(
 ) -> End:
   """Run steps `span`; `report` hears of each once it is finished, in order.
 
-  The next step is given to the device before the last one's numbers are fetched, so the device never waits
-  for a log line. Before hooks run, everything is finished and reported.
+  The next step is given to the device before the last one's numbers are fetched, so the device
+  never waits for a log line. Before hooks run, everything is finished and reported.
   """
-  clock = _Clock(time.monotonic())
+  mark = time.monotonic()  # when the step before was finished, and its hooks
   pending: tuple[int, dict[str, jax.Array], float] | None = None
 
   def settle() -> None:
-    nonlocal pending
+    nonlocal pending, mark
     if pending is not None:
       (index, metrics, wait), pending = pending, None
       numbers = jax.device_get(metrics)
-      waited, clock.hooks = clock.hooks, 0.0
-      report(Done(index, numbers, clock.lap(), wait, waited))
+      before, mark = mark, time.monotonic()
+      report(Done(index, numbers, mark - before, wait))
 
   for index in span:
     start = time.monotonic()
@@ -99,7 +90,7 @@ def loop(
     if due or stop():
       settle()
       ended = [hook(finished, state) for hook in due]
-      clock.hooks += clock.lap()
+      mark = time.monotonic()
       if stop():
         return End(state, finished, "stop")
       if any(ended):

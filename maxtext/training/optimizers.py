@@ -30,5 +30,5 @@ def make_optimizer(section: Optimizer, schedule: optax.Schedule) -> optax.Gradie
 
 
 def decayed(params: Params, spared: tuple[str, ...]) -> dict[str, bool]:
-  """Which parameters weight decay pulls at: all but those whose path matches one of the patterns."""
+  """Which parameters weight decay pulls at: all but those whose path a pattern finds."""
   return {name: not any(re.search(pattern, name) for pattern in spared) for name in params}

@@ -8,11 +8,14 @@ from maxtext.training.sections import Optimizer
 
 
 def make_schedule(section: Optimizer, steps: int) -> optax.Schedule:
-  """The learning rate at each step: linear warm-up from 0, then the named shape, then its final value.
+  """The learning rate at each step: linear warm-up from 0, then the named shape, then its final
+  value.
 
   `learning_rate_schedule_steps` (-1: the run's `steps`) is the whole length, warm-up included.
   """
-  length = steps if section.learning_rate_schedule_steps == -1 else section.learning_rate_schedule_steps
+  length = (
+    steps if section.learning_rate_schedule_steps == -1 else section.learning_rate_schedule_steps
+  )
   peak = section.learning_rate
   warm = round(length * section.warmup_steps_fraction)
   final = peak * section.learning_rate_final_fraction

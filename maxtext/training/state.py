@@ -14,7 +14,9 @@ Params = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """`step` counts finished steps [], `params` by dotted path, `opt_state` is the optimizer's own tree."""
+  """`step` counts finished steps [], `params` by dotted path, `opt_state` is the optimizer's own
+  tree.
+  """
 
   step: jax.Array
   params: Params
@@ -54,10 +56,13 @@ def _name(key: Any) -> str:
   raise TypeError(f"no name for {key!r}")
 
 
-def place_like(tree: Any, params: dict[str, jax.sharding.Sharding], rest: jax.sharding.Sharding) -> Any:
+def place_like(
+  tree: Any, params: dict[str, jax.sharding.Sharding], rest: jax.sharding.Sharding
+) -> Any:
   """Shardings for an abstract state: what is kept per parameter stands where the parameter stands.
 
-  An array belongs to a parameter when its path ends in the parameter's name; all else stands at `rest`.
+  An array belongs to a parameter when its path ends in the parameter's name; all else stands at
+  `rest`.
   """
 
   def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:

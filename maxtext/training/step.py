@@ -21,9 +21,10 @@ Loss = Callable[[Params, Batch, jax.Array | None], dict[str, Mean]]
 class Rules:
   """What a step does besides descending.
 
-  `accumulate` micro-batches make one batch; gradients are summed in `grad_dtype`; `clip` is the norm at which
-  the optimizer clips (0: never), for reporting; a loss or gradient that is NaN or infinite leaves the state
-  untouched where the flag of its kind is set; dropout is drawn from `seed` and the step.
+  `accumulate` micro-batches make one batch; gradients are summed in `grad_dtype`; `clip` is the
+  norm at which the optimizer clips (0: never), for reporting; a loss or gradient that is NaN or
+  infinite leaves the state untouched where the flag of its kind is set; dropout is drawn from
+  `seed` and the step.
   """
 
   accumulate: int = 1
@@ -35,11 +36,14 @@ class Rules:
   seed: int = 0
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule, rules: Rules):
+def make_step(
+  loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule, rules: Rules
+):
   """The train step; `batch` columns are [accumulate * b, t].
 
-  Metrics: each mean of the objective by name, 'total_weights', 'raw_grad_norm' and 'grad_norm' (before and
-  after clipping), 'param_norm', 'learning_rate', and 'ok', false where the step was not applied.
+  Metrics: each mean of the objective by name, 'total_weights', 'raw_grad_norm' and 'grad_norm'
+  (before and after clipping), 'param_norm', 'learning_rate', and 'ok', false where the step was not
+  applied.
   """
 
   def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:

@@ -92,7 +92,10 @@ def test_a_packed_document_is_computed_as_if_alone(name):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_unrolled_layers_compute_what_scanned_ones_do(name):
-  (ids, positions), plan = tokens(), Plan.of(lambda rngs: Decoder(SPECS[name], COMPUTE, MEMORY, rngs))
+  (ids, positions), plan = (
+    tokens(),
+    Plan.of(lambda rngs: Decoder(SPECS[name], COMPUTE, MEMORY, rngs)),
+  )
   unrolled = dataclasses.replace(MEMORY, scan_layers=False)
   other = Plan.of(lambda rngs: Decoder(SPECS[name], COMPUTE, unrolled, rngs))
   assert plan.declared == other.declared
@@ -107,14 +110,18 @@ def test_unrolled_layers_compute_what_scanned_ones_do(name):
 FAST = ("full", "minimal_with_context")
 
 
-@pytest.mark.parametrize("policy", [p if p in FAST else pytest.param(p, marks=pytest.mark.slow) for p in SAVED])
+@pytest.mark.parametrize(
+  "policy", [p if p in FAST else pytest.param(p, marks=pytest.mark.slow) for p in SAVED]
+)
 def test_what_is_kept_for_the_backward_pass_changes_no_gradient(policy):
   (ids, positions), params = tokens(), parameters(make(SPECS["gated"]))
 
   def grads(policy):
     memory = dataclasses.replace(MEMORY, remat_policy=policy)
     plan = Plan.of(lambda rngs: Decoder(SPECS["gated"], COMPUTE, memory, rngs))
-    return jax.jit(jax.grad(lambda p: jnp.sin(plan.merge(p)(ids, Mask.of(positions))).sum()))(params)
+    return jax.jit(jax.grad(lambda p: jnp.sin(plan.merge(p)(ids, Mask.of(positions))).sum()))(
+      params
+    )
 
   assert_close(grads(policy), grads("none"))
 
@@ -122,12 +129,17 @@ def test_what_is_kept_for_the_backward_pass_changes_no_gradient(policy):
 def test_policies_keep_what_their_names_say():
   """The tags that a policy saves are the only block activations among the residuals of a scan."""
   (ids, positions), params = tokens(), parameters(make(SPECS["gated"]))
-  sizes = {}
-  for policy in ("full", "save_out_proj", "save_qkv_proj", "minimal", "minimal_with_context", "none"):
+
+  def size(policy):
     memory = dataclasses.replace(MEMORY, remat_policy=policy)
     plan = Plan.of(lambda rngs: Decoder(SPECS["gated"], COMPUTE, memory, rngs))
-    pull = jax.eval_shape(lambda p: jax.vjp(lambda p: plan.merge(p)(ids, Mask.of(positions)), p)[1], params)
-    sizes[policy] = sum(leaf.size for leaf in jax.tree.leaves(pull))
+    pull = jax.eval_shape(
+      lambda p: jax.vjp(lambda p: plan.merge(p)(ids, Mask.of(positions)), p)[1], params
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(pull))
+
+  names = ("full", "save_out_proj", "save_qkv_proj", "minimal", "minimal_with_context", "none")
+  sizes = {name: size(name) for name in names}
   per_token = 2 * LENGTH  # layers x tokens
   assert sizes["save_out_proj"] - sizes["full"] == per_token * WIDTH
   assert sizes["save_qkv_proj"] - sizes["full"] == per_token * (4 + 2 + 2) * 8
@@ -155,7 +167,9 @@ def test_layers_are_drawn_differently():
 
 
 def test_parameters_are_drawn_with_variance_one_over_fan_in():
-  params = parameters(make(DecoderSpec(256, VOCAB, (Stage((BlockSpec(AttentionSpec(8, 8, 32), MlpSpec(512)),)),))))
+  params = parameters(
+    make(DecoderSpec(256, VOCAB, (Stage((BlockSpec(AttentionSpec(8, 8, 32), MlpSpec(512)),)),)))
+  )
   fan_in = {"query": 256, "out": 256, "up": 256, "down": 512}
   for name, value in params.items():
     for layer, fan in fan_in.items():
@@ -170,7 +184,9 @@ def test_bfloat16_layers_keep_their_parameters_in_float32():
   assert model.hidden(ids, Mask.of(positions))[0].dtype == jnp.bfloat16
   assert model(ids, Mask.of(positions)).dtype == jnp.float32
   exact = make(gated())(ids, Mask.of(positions))
-  np.testing.assert_allclose(model(ids, Mask.of(positions)), exact, atol=0.1)  # 8 bits of mantissa, 2 layers
+  np.testing.assert_allclose(
+    model(ids, Mask.of(positions)), exact, atol=0.1
+  )  # 8 bits of mantissa, 2 layers
 
 
 def test_rotary_attention_depends_on_distances_alone():
@@ -190,7 +206,9 @@ def test_rope_turns_channel_pairs_by_position_over_timescale():
     for i in range(3):
       angle = t / (2.0 * 250.0 ** (2 * i / 6) * 3.0)
       turned = (x[0, t, 0, i] + 1j * x[0, t, 0, i + 3]) * np.exp(1j * angle)
-      np.testing.assert_allclose([got[0, t, 0, i], got[0, t, 0, i + 3]], [turned.real, turned.imag], atol=1e-5)
+      np.testing.assert_allclose(
+        [got[0, t, 0, i], got[0, t, 0, i + 3]], [turned.real, turned.imag], atol=1e-5
+      )
 
 
 @pytest.mark.parametrize(

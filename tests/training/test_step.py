@@ -1,4 +1,6 @@
-"""The step: accumulation is one batch, what is not finite is not applied, schedules have their shapes."""
+"""The step: accumulation is one batch, what is not finite is not applied, schedules have their
+shapes.
+"""
 
 import dataclasses
 
@@ -42,12 +44,17 @@ def loss(params, batch, key=None):
 
 def problem(rows=12, poison=None):
   random = np.random.default_rng(0)
-  x, y = random.normal(size=(rows, 3)).astype(np.float32), random.normal(size=rows).astype(np.float32)
+  x, y = (
+    random.normal(size=(rows, 3)).astype(np.float32),
+    random.normal(size=rows).astype(np.float32),
+  )
   if poison is not None:
     y[4] = poison
   params = {"w": jnp.ones(3)}
   batch = {"x": x, "y": y, "weight": (random.random(rows) < 0.6).astype(np.float32)}
-  return params, {k: jnp.asarray(v) for k, v in batch.items()} | {"weight": jnp.asarray(batch["weight"]).at[4].set(1)}
+  return params, {k: jnp.asarray(v) for k, v in batch.items()} | {
+    "weight": jnp.asarray(batch["weight"]).at[4].set(1)
+  }
 
 
 def run(rules, poison=None, optimizer=None):
@@ -71,7 +78,9 @@ def test_the_gradient_is_that_of_the_mean_loss():
   params, batch = problem()
   value = lambda p: loss(p, batch)["loss"].value
   _, new, metrics = run(Rules(), optimizer=optax.sgd(0.1))
-  np.testing.assert_allclose(new.params["w"], params["w"] - 0.1 * jax.grad(value)(params)["w"], rtol=1e-6)
+  np.testing.assert_allclose(
+    new.params["w"], params["w"] - 0.1 * jax.grad(value)(params)["w"], rtol=1e-6
+  )
   np.testing.assert_allclose(metrics["loss"], value(params), rtol=1e-6)
 
 
@@ -117,12 +126,18 @@ def test_shapes_are_those_of_their_names():
 
 
 def test_the_schedule_can_be_longer_than_the_run():
-  np.testing.assert_allclose(schedule(learning_rate_schedule_steps=1000)[:120], schedule(1000)[:120])
+  np.testing.assert_allclose(
+    schedule(learning_rate_schedule_steps=1000)[:120], schedule(1000)[:120]
+  )
 
 
 def test_weight_decay_spares_what_the_patterns_find():
   names = {"a.norm.scale": 0, "a.bias": 0, "a.kernel": 0}
-  assert decayed(names, SECTION.adamw_mask) == {"a.norm.scale": False, "a.bias": False, "a.kernel": True}
+  assert decayed(names, SECTION.adamw_mask) == {
+    "a.norm.scale": False,
+    "a.bias": False,
+    "a.kernel": True,
+  }
 
 
 def test_a_state_goes_through_nested_dicts_and_back():
