@@ -35,6 +35,7 @@ COLUMNS = (
   "targets_position",
   "targets_segmentation",
 )
+TILE = 2**26  # bytes of float32 logits on a device, in the loss of an unsplit batch
 Batch = dict[str, jax.Array]
 
 
@@ -130,6 +131,7 @@ def build(
   """
   mesh = sharding.make_mesh(config.mesh, find_devices(config.run) if devices is None else devices)
   rules = {name: tuple(axes) for name, axes in config.mesh.logical_axis_rules.items()}
+  layout = sharding.Layout(mesh, sharding.Rules(rules))
   spec = config.decoder(padded(vocabulary))
   if spec.vocab < vocabulary:
     raise ConfigError(
@@ -140,10 +142,10 @@ def build(
   schedule = make_schedule(config.optimizer, config.training.steps)
   return Program(
     config=config,
-    layout=sharding.Layout(mesh, sharding.Rules(rules)),
+    layout=layout,
     spec=spec,
     plan=plan,
-    objective=NextToken(config.training.z_loss_multiplier, config.memory.num_vocab_tiling),
+    objective=NextToken(config.training.z_loss_multiplier, _tiles(config, layout, spec)),
     schedule=schedule,
     optimizer=make_optimizer(config.optimizer, schedule),
   )
@@ -168,6 +170,19 @@ def padded(vocabulary: int) -> int:
   used.
   """
   return -(-vocabulary // 64) * 64
+
+
+def _tiles(config: Config, layout: sharding.Layout, spec: DecoderSpec) -> int:
+  """Into how many parts of the length the loss is cut: as asked, else so that one is within TILE.
+
+  Where the batch is split it is one: each tile would sum its gradient over all devices.
+  """
+  length = config.training.max_target_length
+  if config.memory.num_vocab_tiling or layout.batch_ways > 1:
+    return config.memory.num_vocab_tiling or 1
+  row = 4 * spec.vocab * config.training.micro_batch(layout.mesh.size)
+  fits = lambda tiles: length // tiles * row <= TILE * layout.mesh.size
+  return next((n for n in range(1, length + 1) if length % n == 0 and fits(n)), length)
 
 
 def _compute(config: Config) -> Compute:

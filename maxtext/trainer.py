@@ -298,6 +298,8 @@ class Run:
     )
     mesh = self.program.layout.mesh
     log.info(str(self.corpus))
+    if (tiles := self.program.objective.tiles) > 1:
+      log.info(f"loss: the logits of {self.length} tokens in {tiles} parts, one after the other")
     for line in costs.lines(
       mesh.devices.flat[0].device_kind, mesh.shape, estimate.compiled_bytes(step)
     ):

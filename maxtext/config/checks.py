@@ -130,6 +130,7 @@ def of_run(config: Config, purpose: Purpose, environ: Mapping[str, str]) -> Iter
   yield from _written_files(config)
   if purpose == "train":
     yield from _batch_size(config)
+    yield from _tiles(config)
     yield from _read_files(config)
   elif (path := config.decode.prompts_file) and not os.path.isfile(os.path.expanduser(path)):
     yield "prompts_file", f"{shown(path)}: no such file; name a text file with one prompt a line"
@@ -236,6 +237,17 @@ def _batch_size(config: Config) -> Iterator[Problem]:
       "per_device_batch_size",
       f"{tokens:.3g} tokens per device and forward pass are more than memory can hold; "
       "use fewer rows, shorter ones, or gradient_accumulation_steps",
+      "max_target_length",
+    )
+
+
+def _tiles(config: Config) -> Iterator[Problem]:
+  tiles, length = config.memory.num_vocab_tiling, config.training.max_target_length
+  if tiles and length % tiles:
+    near = max(n for n in range(1, min(tiles, length) + 1) if length % n == 0)
+    yield (
+      "num_vocab_tiling",
+      f"{tiles} tiles do not cut {length} tokens evenly; use {near}, or 0 to have it chosen",
       "max_target_length",
     )
 

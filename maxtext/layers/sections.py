@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from maxtext.bounds import Count
+from maxtext.bounds import Whole
 
 Float = Literal["float32", "bfloat16"]
 
@@ -34,7 +34,7 @@ class Memory:
     "save_qkv_proj",
     "save_out_proj",
   ]
-  num_vocab_tiling: Count
+  num_vocab_tiling: Whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,6 +109,7 @@ COMMAND_LINES = [
   ("dtype=fp32", "dtype: 'fp32' is not known", "(float32, bfloat16)"),
   ("opt_type=adam", "opt_type: 'adam' is not known, did you mean 'adamw'? (adamw, sgd)"),
   ("lr_schedule_type=cosin", "did you mean 'cosine'?"),
+  ("num_vocab_tiling=5", "num_vocab_tiling: 5 tiles do not cut 256 tokens evenly; use 4, or 0"),
   ("remat_policy=ful", "remat_policy: 'ful' is not known, did you mean 'full'?"),
   ("hardware=tpus", "hardware: 'tpus' is not known, did you mean 'tpu'?"),
   ("dataset_type=hf", "dataset_type: 'hf' is not known (text, synthetic)"),
