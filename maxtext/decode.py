@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from maxtext import config as configs
 from maxtext import hardware
@@ -30,16 +30,20 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: python -m decode RUN_OR_CONFIG prompt="..." [key=value ...]
 
-Continues a text with the newest checkpoint of a run: RUN_OR_CONFIG is the run's folder, its checkpoints folder or
-one checkpoint in it, or a configuration that sets run_name. The text goes to standard output, all else to standard error.
+Continues a text with the newest checkpoint of a run. RUN_OR_CONFIG is the run's folder, its
+checkpoints folder or one checkpoint in it, or a configuration that sets run_name. The text goes to
+standard output, everything else to standard error.
   python -m decode runs/mine prompt="Once upon a time" decode_length=100
   python -m decode runs/mine prompts_file=prompts.txt decode_sampling_strategy=nucleus decode_seed=7
   python -m maxtext.explain decode_sampling_strategy     what a key means
 Ends with 0: written; 2: configuration; 3: tokenizer; 4: checkpoint."""
 
 TOGETHER = 16  # prompts of a file that are continued at once
-PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}  # U+2400 on shows controls
-PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+PICTURES = {  # control characters as signs that show them
+  **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
+  **{0x7F: 0x2421},
+  **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -64,7 +68,7 @@ def cli() -> NoReturn:
 
 
 def _run(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
-  """The run, checkpoints or step folder that is named, and the arguments with its config.yml instead."""
+  """The folder that is named, if one is, and the arguments with its config.yml in its place."""
   for i, word in enumerate(argv):
     folder = Path(word).expanduser()
     if folder.is_dir():
@@ -88,10 +92,11 @@ def _folder(config: Config) -> Path:
   """The run that a configuration names. Raises ConfigError or CheckpointError."""
   run = config.run
   if not config.sources["run_name"].text:
-    raise ConfigError("run_name", "is not set; add run_name=NAME, or give the run's folder, as runs/NAME")
+    problem = "is not set; add run_name=NAME, or give the run's folder, as runs/NAME"
+    raise ConfigError("run_name", problem)
   folder = Path(run.base_output_directory).expanduser() / run.run_name
   if not folder.is_dir():
-    raise CheckpointError(f"{folder}: no such folder, the run has not begun; train it, or name another")
+    raise CheckpointError(f"{folder}: no such folder; train the run first, or name another")
   return folder
 
 
@@ -116,22 +121,22 @@ def _prompts(config: Config) -> list[str]:
 def _write(config: Config, folder: Path, prompts: list[str]) -> None:
   """Load the model, then print each prompt with what comes after it. Raises UserError."""
   with ThreadPoolExecutor(1) as background:
-    found = background.submit(locate, folder)  # reads every byte of a checkpoint, while jax is imported
+    found = background.submit(locate, folder)  # checks every byte of it, while jax is imported
     from maxtext.serve.writer import Writer
 
     step_folder, manifest = found.result()
   tokenizer, vocabulary = _tokenizer(config.data, folder)
   program = _program(config, vocabulary)
-  writer, length = Writer(program, tokenizer, config.decode, config.data.add_bos), config.decode.decode_length
-  longest = writer.check(prompts, length)
-  groups = _groups(prompts)
+  writer = Writer(program, tokenizer, config.decode, config.data.add_bos)
+  groups, length = _groups(prompts), config.decode.decode_length
+  longest, trained = writer.check(prompts, length), config.training.max_target_length
   with ThreadPoolExecutor(1) as background:
     compiling = background.submit(writer.compile, program.state.params, groups[0], length)
     params = _parameters(program, step_folder)
     compiling.result()
   log.info(f"step {manifest.step - 1} of {folder}, on {_devices(program)}")
-  if longest > config.training.max_target_length:
-    log.info(f"up to {longest} tokens, in training there were {config.training.max_target_length} at most")
+  if longest > trained:
+    log.info(f"a text has up to {longest} tokens; the model has seen {trained} at once in training")
   begun = time.monotonic()
   count = _print(writer, params, groups, length)
   took = time.monotonic() - begun
@@ -148,7 +153,8 @@ def _tokenizer(data: Data, folder: Path) -> tuple[Tokenizer, int]:
     return ByteTokenizer(), ByteTokenizer().vocab_size
   with contextlib.suppress(ConfigError):
     tokenizer = bpe.load(str(_file(folder, "tokenizer.json")))
-    return tokenizer, max(tokenizer.vocab_size, 0 if data.tokenizer_path else data.tokenizer_vocab_size)
+    least = 0 if data.tokenizer_path else data.tokenizer_vocab_size  # a trained one may have fewer
+    return tokenizer, max(tokenizer.vocab_size, least)
   log.info(f"{folder} has no tokenizer.json; the tokenizer is taken from where training had it")
   corpus = open_corpus(data)
   return corpus.tokenizer, corpus.vocab_size
@@ -157,7 +163,8 @@ def _tokenizer(data: Data, folder: Path) -> tuple[Tokenizer, int]:
 def _program(config: Config, vocabulary: int) -> Program:
   """The model on a mesh of its own: that of training suits neither a few rows nor other devices.
 
-  A mesh size that was typed for this command or stands in the environment is obeyed. Raises ConfigError.
+  Mesh sizes that were typed for this command or stand in the environment are obeyed.
+  Raises ConfigError.
   """
   import jax
 
@@ -166,7 +173,8 @@ def _program(config: Config, vocabulary: int) -> Program:
   devices, mesh = jax.devices(), config.mesh
   sizes = [key for key in vars(mesh) if key.endswith("_parallelism") or key == "num_slices"]
   if not any(config.sources[key].level >= ENVIRONMENT for key in sizes):
-    mesh = dataclasses.replace(mesh, **{**dict.fromkeys(sizes, 1), "ici_fsdp_parallelism": -1})
+    own: dict[str, Any] = dict.fromkeys(sizes, 1) | {"ici_fsdp_parallelism": -1}
+    mesh = dataclasses.replace(mesh, **own)
     devices = devices[:1] if devices[0].platform == "cpu" else devices
   return program.build(dataclasses.replace(config, mesh=mesh), devices, vocabulary)
 
@@ -183,9 +191,9 @@ def _devices(program: Program) -> str:
 
   mesh, there = program.layout.mesh, jax.device_count()
   split = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-  count = f"{mesh.size}" if mesh.size == there else f"{mesh.size} of {there}"
-  plural = "" if there == 1 else "s"
-  return f"{count} {mesh.devices.flat[0].platform} device{plural}" + (f" ({split})" if split else "")
+  kind = f"{mesh.devices.flat[0].platform} device{'' if there == 1 else 's'}"
+  count = f"{mesh.size} {kind}" if mesh.size == there else f"{mesh.size} of {there} {kind}"
+  return f"{count} ({split})" if split else count
 
 
 def _groups(prompts: list[str]) -> list[list[str]]:
@@ -196,7 +204,7 @@ def _groups(prompts: list[str]) -> list[list[str]]:
 
 
 def _print(writer: Writer, params: Params, groups: list[list[str]], length: int) -> int:
-  """Print each prompt and what comes after it, a single one as it comes; returns the number of new tokens."""
+  """Print the prompts with what comes after them, a single one as it comes -> the new tokens."""
   size, total = len(groups[0]), sum(map(len, groups))
   if total == 1:
     _show(groups[0][0])

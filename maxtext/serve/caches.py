@@ -46,7 +46,7 @@ class DenseCache:
   def append(
     self, k: jax.Array, v: jax.Array, mask: Mask
   ) -> tuple[DenseCache, jax.Array, jax.Array, Mask]:
-    """k, v [b t g k] -> the cache with them, all keys and values [b s g k], the mask over [b t s]."""
+    """k, v [b t g k] -> the cache with them, all keys, values [b s g k], the mask over [b t s]."""
     if self.fresh:
       return self._write(k, v, mask), k, v, mask
     cache = self._write(k, v, mask)
@@ -91,7 +91,7 @@ class DenseCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RingCache(DenseCache):
-  """The last `s` tokens, for a window no longer than that: a new one takes the oldest one's place."""
+  """The last `s` tokens, for a window no longer: a new one takes the place of the oldest."""
 
   def append(
     self, k: jax.Array, v: jax.Array, mask: Mask
@@ -137,7 +137,9 @@ def filled(caches: Caches) -> Caches:
   return tuple(tuple(map(close, stage)) for stage in caches)
 
 
-def _empty(spec: AttentionSpec, layers: int, batch: int, slots: int, dtype: jnp.dtype) -> DenseCache:
+def _empty(
+  spec: AttentionSpec, layers: int, batch: int, slots: int, dtype: jnp.dtype
+) -> DenseCache:
   ring = spec.window is not None and spec.window < slots
   slots = spec.window if ring else slots
   held = _place(jnp.zeros((layers, batch, slots, spec.kv_heads, spec.head_dim), dtype))

@@ -20,6 +20,7 @@ from maxtext.serve.sample import Sampler
 from maxtext.specs import DecoderSpec
 
 Hear = Callable[[int, int], None]
+Columns = dict[str, Any]  # tokens [b t], lengths [b], rows [b]: arrays or their shapes
 Held = tuple[Caches, jax.Array, jax.Array]
 
 SLOTS = 64  # caches have a multiple of this many slots
@@ -63,8 +64,8 @@ class Engine:
   ) -> list[list[int]]:
     """At most `length` new tokens for each prompt; `hear(row, id)` is told of each as it comes.
 
-    What is drawn for a prompt depends on its row's number, which counts from `first_row`, and on no other
-    prompt. Raises ConfigError for an empty prompt, and beyond the learned positions.
+    What is drawn for a prompt depends on its row's number, which counts from `first_row`, and on no
+    other prompt. Raises ConfigError for an empty prompt, and beyond the learned positions.
     """
     self.check(prompts, length)
     out: list[list[int]] = [[] for _ in prompts]
@@ -81,7 +82,7 @@ class Engine:
     return out
 
   def compile(self, params: Params, prompts: Sequence[Sequence[int]], length: int) -> Sizes:
-    """Compile what such prompts need, unless it is; of `params`, shapes and shardings are enough."""
+    """Compile what such prompts need, once; of `params`, shapes and shardings are enough."""
     sizes = self._sizes(prompts, length)
     if sizes not in self._compiled:
       shapes = {name: _shape(p, p.sharding) for name, p in params.items()}
@@ -93,7 +94,7 @@ class Engine:
     return sizes
 
   def _ahead(self, params: Params, prompts: Sequence[Sequence[int]], length: int, first_row: int):
-    """The ids [b] of each new position; the device computes the next ones while these are looked at."""
+    """The ids [b] at each new position; the device is a token ahead of whoever looks at them."""
     sizes = self.compile(params, prompts, length)
     begin, step = self._compiled[sizes]
     batch = self._batch(sizes, prompts, first_row)
@@ -104,7 +105,9 @@ class Engine:
         caches, ids, positions = step(params, caches, ids, positions, batch["rows"])
       yield jax.device_get(current)
 
-  def check(self, prompts: Sequence[Sequence[int]], length: int, where: str = "decode_length") -> int:
+  def check(
+    self, prompts: Sequence[Sequence[int]], length: int, where: str = "decode_length"
+  ) -> int:
     """The most tokens that a row will have.
 
     Raises ConfigError, at the key `where` that `length` comes from, for what generate could not do.
@@ -120,26 +123,28 @@ class Engine:
   def _sizes(self, prompts: Sequence[Sequence[int]], length: int) -> Sizes:
     ways = self.parts.layout.batch_ways
     prompt = bucket(max(map(len, prompts)))
-    return Sizes(-(-len(prompts) // ways) * ways, prompt, -(-(prompt + length - 1) // SLOTS) * SLOTS)
+    rows, slots = -(-len(prompts) // ways) * ways, -(-(prompt + length - 1) // SLOTS) * SLOTS
+    return Sizes(rows, prompt, slots)
 
-  def _shapes(self, sizes: Sizes) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of a batch: the tokens, the lengths of the prompts, and the numbers of the rows."""
+  def _shapes(self, sizes: Sizes) -> Columns:
     shapes = {"tokens": (sizes.rows, sizes.prompt), "lengths": (sizes.rows,), "rows": (sizes.rows,)}
     axes = ("activation_batch", None)
     place = lambda shape: self.parts.layout.sharding(axes[: len(shape)], shape, "the prompts")
-    return {name: _shape(jax.ShapeDtypeStruct(s, jnp.int32), place(s)) for name, s in shapes.items()}
+    struct = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place(shape))
+    return {name: struct(shape) for name, shape in shapes.items()}
 
-  def _batch(self, sizes: Sizes, prompts: Sequence[Sequence[int]], first_row: int) -> dict[str, jax.Array]:
-    """The prompts, padded on the left to a common length, and below to rows that the mesh divides."""
+  def _batch(self, sizes: Sizes, prompts: Sequence[Sequence[int]], first_row: int) -> Columns:
+    """The prompts, padded on the left to one length, and below to rows that the mesh divides."""
     tokens, lengths = np.zeros((sizes.rows, sizes.prompt), np.int32), np.zeros(sizes.rows, np.int32)
     for row, prompt in enumerate(prompts):
       tokens[row, sizes.prompt - len(prompt) :] = prompt
       lengths[row] = len(prompt)
     rows = first_row + np.arange(sizes.rows, dtype=np.int32)
     arrays = {"tokens": tokens, "lengths": lengths, "rows": rows}
-    return {name: jax.device_put(arrays[name], s.sharding) for name, s in self._shapes(sizes).items()}
+    shapes = self._shapes(sizes)
+    return {name: jax.device_put(x, shapes[name].sharding) for name, x in arrays.items()}
 
-  def _begin(self, params: Params, batch: dict[str, jax.Array], slots: int) -> Held:
+  def _begin(self, params: Params, batch: Columns, slots: int) -> Held:
     """The prompts [b t] -> caches, the first new ids [b], their positions [b]."""
     with sharding.use(self.parts.layout):
       model = self.parts.plan.merge(params)
@@ -177,12 +182,13 @@ def _shape(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 
 def bucket(length: int) -> int:
-  """A length at most a third above `length` (or 16), of which there are few: so few programs are compiled."""
-  step = max(16, 1 << max((length - 1).bit_length() - 2, 0))
+  """The next of a few lengths, four in each octave from 64 on: so few programs are compiled."""
+  step = max(16, 1 << max((length - 1).bit_length() - 3, 0))
   return -(-length // step) * step
 
 
 def _too_long(prompt: int, length: int, limit: int) -> str:
   left = limit - prompt
   advice = f"use at most {left}" if left > 0 else f"use a prompt of fewer than {limit} tokens"
-  return f"{prompt} tokens of prompt and {length} new ones are more than the {limit} learned positions; {advice}"
+  whole = f"{prompt} tokens of prompt and {length} new ones"
+  return f"{whole} are more than the {limit} learned positions; {advice}"

@@ -1,7 +1,7 @@
 """The next token from its logits: the likeliest, or drawn among all or among the likeliest.
 
-Everything is float32, works row by row, and draws by a key of (seed, row, position): what a row gets does
-not depend on the batch it stands in.
+Everything is float32, works row by row, and draws by a key of (seed, row, position): what a row
+gets does not depend on the batch it stands in.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SMALLEST = 1e-30  # temperature; below it, division overflows
 
 def keys(seed: int, rows: jax.Array, positions: jax.Array) -> jax.Array:
   """One random key for each row [b] and position [b] -> [b]."""
-  one = lambda row, position: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
-  return jax.vmap(one)(rows, positions)
+  of_row = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(rows)
+  return jax.vmap(jax.random.fold_in)(of_row, positions)
 
 
 def permit(logits: jax.Array, vocabulary: int, never: tuple[int, ...] = ()) -> jax.Array:
-  """logits [b v] with -inf for ids that no text has: those from `vocabulary` on, and those in `never`."""
+  """logits [b v] with -inf for ids from `vocabulary` on and for those in `never`."""
   ids = jnp.arange(logits.shape[-1])
   allowed = (ids < vocabulary) & ~jnp.isin(ids, jnp.array(never, jnp.int32))
   return jnp.where(allowed, logits.astype(jnp.float32), -jnp.inf)
@@ -48,7 +48,7 @@ def top_k(logits: jax.Array, keys: jax.Array, k: int, temperature: float = 1.0) 
 
 
 def nucleus(logits: jax.Array, keys: jax.Array, p: float, temperature: float = 1.0) -> jax.Array:
-  """logits [b v] -> ids [b], drawn among the fewest likeliest that together have probability `p` or more.
+  """logits [b v] -> ids [b], drawn among the fewest likeliest that together have probability `p`.
 
   Probabilities are those after the temperature (Holtzman et al. 2020, section 3.1).
   """
@@ -61,7 +61,7 @@ def nucleus(logits: jax.Array, keys: jax.Array, p: float, temperature: float = 1
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """Chooses tokens as the section says; ids from `vocabulary` on and those in `never` are not chosen."""
+  """Chooses tokens as the section says, but none from `vocabulary` on and none in `never`."""
 
   section: Decode
   vocabulary: int

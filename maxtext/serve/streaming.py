@@ -12,8 +12,8 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 class TextStream:
   """What each further token adds to a text.
 
-  A character whose bytes have not all arrived decodes to U+FFFD at the end: it waits for the next token.
-  Only a few tokens are decoded again each time, from a place where the text is known to be whole.
+  A character whose bytes have not all arrived decodes to U+FFFD at the end: it waits for the next
+  token. Only a few tokens are decoded again each time, from where the text is known to be whole.
   """
 
   def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):

@@ -35,8 +35,8 @@ class Writer:
   ) -> tuple[list[str], list[int]]:
     """What comes after each text, and how many tokens that is, at most `length`.
 
-    `hear(row, text)` gets whole characters as soon as they are there. Rows are numbered from `first_row`,
-    see Engine.generate, whose ConfigErrors this raises.
+    `hear(row, text)` gets whole characters as soon as they are there. Rows are numbered from
+    `first_row`, see Engine.generate, whose ConfigErrors this raises.
     """
     prompts = [self.encode(text) for text in texts]
     streams = [TextStream(self.tokenizer, prompt) for prompt in prompts]
@@ -54,11 +54,11 @@ class Writer:
     return out, [*map(len, ids)]
 
   def compile(self, params: Params, texts: Sequence[str], length: int) -> None:
-    """Compile what it takes to continue such texts; of `params`, shapes and shardings are enough."""
+    """Compile what such texts need, once; of `params`, shapes and shardings are enough."""
     self.engine.compile(params, [self.encode(text) for text in texts], length)
 
   def check(self, texts: Sequence[str], length: int, where: str = "decode_length") -> int:
-    """The most tokens that a text will have. Raises ConfigError, at the key `where`, if they are too many."""
+    """The most tokens that a text will have. Raises ConfigError at key `where` if it cannot be."""
     return self.engine.check([self.encode(text) for text in texts], length, where)
 
   def again(self, text: str, length: int, where: str) -> Callable[[Params], str]:

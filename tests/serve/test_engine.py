@@ -1,0 +1,131 @@
+"""The engine: what it generates, when it stops, and what it costs."""
+
+import copy
+
+import jax
+import numpy as np
+import pytest
+
+from maxtext.errors import ConfigError
+from maxtext.serve.engine import Engine, bucket
+from maxtext.serve.sample import Sampler
+
+PROMPTS = [[3, 4, 5], [7] * 20, [9, 60]]
+
+
+_engines = {}
+
+
+@pytest.fixture
+def engine(decode):
+  """Engines of one model and one way to sample share what they have compiled."""
+
+  def make(model, eos=None, **keys):
+    key = (model.name, model.layout.mesh.shape_tuple, *keys.items())
+    made = _engines.setdefault(key, Engine(model, Sampler(decode(**keys), 64)))
+    made = copy.copy(made)
+    made.eos = eos
+    return made
+
+  return make
+
+
+WEIGHTED = {"decode_sampling_strategy": "weighted", "decode_seed": 5}
+
+
+def test_greedy_takes_the_likeliest_token_of_one_pass(model, engine):
+  model = model("mixed")
+  for prompt, new in zip(PROMPTS, engine(model).generate(model.params, PROMPTS, 20)):
+    assert len(new) == 20
+    logits = model.logits(prompt + new)[len(prompt) - 1 : -1]
+    top = np.sort(logits)[:, -2:]
+    assert (top[:, 1] - top[:, 0]).min() > 1e-3  # else float32 noise might decide
+    np.testing.assert_array_equal(new, logits.argmax(-1))
+
+
+def test_what_a_row_gets_does_not_depend_on_its_batch(model, engine):
+  model = model("mixed")
+  together = engine(model, **WEIGHTED).generate(model.params, PROMPTS, 12)
+  for row in (0, 2):
+    alone = engine(model, **WEIGHTED).generate(model.params, [PROMPTS[row]], 12, first_row=row)
+    assert alone == [together[row]]
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_every_mesh_generates_alike_with_fewer_rows_than_devices(model, engine, tensor):
+  one, many = model("mixed"), model("mixed", tensor=tensor)
+  want = engine(one, **WEIGHTED).generate(one.params, PROMPTS, 12)
+  assert engine(many, **WEIGHTED).generate(many.params, PROMPTS, 12) == want
+
+
+def test_a_row_ends_with_eos_and_the_others_go_on(model, engine):
+  model = model("mixed")
+  whole = engine(model).generate(model.params, PROMPTS, 20)
+  eos = whole[0][4]
+  want = [row[: row.index(eos)] if eos in row else row for row in whole]
+  assert len(want[0]) <= 4 and max(map(len, want)) > len(want[0])
+  heard = [[], [], []]
+  hear = lambda row, id: heard[row].append(id)
+  new = engine(model, eos).generate(model.params, PROMPTS, 20, hear)
+  assert new == want and heard == want
+
+
+def test_nothing_is_computed_once_all_rows_have_ended(model, engine):
+  model = model("mixed")
+  prompts = [PROMPTS[1]] * 3
+  eos = engine(model).generate(model.params, prompts, 20)[0][0]
+  made = engine(model, eos)
+  sizes = made.compile(model.params, prompts, 20)
+  begin, step = made._compiled[sizes]
+  steps = []
+  made._compiled = {sizes: (begin, lambda *args: steps.append(0) or step(*args))}
+  assert made.generate(model.params, prompts, 20) == [[], [], []]
+  assert len(steps) == 1  # given to the device before the first token was looked at
+
+
+def test_prompts_of_like_lengths_share_a_program(model, engine):
+  model = model("grouped")
+  made = engine(model)
+  assert len({made.compile(model.params, [[5] * length], 8) for length in (1, 9, 16)}) == 1
+
+
+def test_a_bucket_is_little_larger_than_what_it_holds():
+  sizes = {length: bucket(length) for length in range(1, 5000)}
+  assert all(length <= size < 1.25 * length + 16 for length, size in sizes.items())
+  assert len(set(sizes.values())) <= 32
+
+
+def test_all_learned_positions_can_be_used_and_none_beyond(model, engine):
+  model = model("learned")
+  new = engine(model).generate(model.params, [[5] * 40, [6]], 8)
+  assert [len(row) for row in new] == [8, 8]
+  refused = r"^decode_length: 40 tokens of prompt and 9 new ones .* 48 learned .*; use at most 8$"
+  with pytest.raises(ConfigError, match=refused):
+    engine(model).generate(model.params, [[6], [5] * 40], 9)
+  with pytest.raises(ConfigError, match="use a prompt of fewer than 48 tokens$"):
+    engine(model).generate(model.params, [[5] * 48], 1)
+
+
+def test_an_empty_prompt_is_refused(model, engine):
+  model = model("grouped")
+  with pytest.raises(ConfigError, match="^prompt: number 2 has no tokens"):
+    engine(model).generate(model.params, [[5], []], 1)
+
+
+def test_a_step_writes_the_cache_in_place_and_reads_a_layer_at_a_time(model, engine):
+  model = model("grouped")
+  made = engine(model)
+  sizes = made.compile(model.params, [[5]], 4000)
+  cache = 2 * 2 * sizes.slots * 2 * 8 * 4  # keys and values, 2 layers, 2 heads of 8 float32
+  memory = made._compiled[sizes][1].memory_analysis()
+  assert memory.alias_size_in_bytes >= cache
+  assert memory.temp_size_in_bytes < 0.75 * cache  # half of it is one layer's keys and values
+
+
+def test_only_the_last_token_of_a_prompt_is_unembedded(model, engine):
+  model = model("grouped")
+  made = engine(model)
+  sizes = made._sizes([[5] * 40] * 3, 8)
+  begin = jax.jit(made._begin, static_argnums=2)
+  text = begin.lower(model.params, made._shapes(sizes), sizes.slots).as_text()
+  assert "tensor<3x1x64xf32>" in text and "tensor<3x48x64xf32>" not in text
