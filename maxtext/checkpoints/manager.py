@@ -216,7 +216,11 @@ def restore_parameters(path: str | Path, target_params: Any) -> Any:
 
   Raises CheckpointError when nothing whole is there, or the parameters are of another model.
   """
-  folder, manifest = locate(path)
+  return read_parameters(*locate(path), target_params)
+
+
+def read_parameters(folder: Path, manifest: Manifest, target_params: Any) -> Any:
+  """As restore_parameters, of a step that `locate` has found."""
   params = tuple(array for array in manifest.arrays if array.path.startswith("params/"))
   return _restore(folder, params, {"params": target_params})["params"]
 
