@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from maxtext import config as configs
 from maxtext import hardware
 from maxtext import log as logs
-from maxtext.checkpoints.folder import locate
+from maxtext.checkpoints.folder import locate, read_extra
 from maxtext.config import Config
 from maxtext.config.sources import ENVIRONMENT
 from maxtext.data.sections import Data
-from maxtext.errors import CheckpointError, ConfigError, run_cli
+from maxtext.errors import CheckpointError, ConfigError, DataError, run_cli
 from maxtext.log import log
 
 if TYPE_CHECKING:
@@ -122,17 +122,19 @@ def _write(config: Config, folder: Path, prompts: list[str]) -> None:
   """Load the model, then print each prompt with what comes after it. Raises UserError."""
   with ThreadPoolExecutor(1) as background:
     found = background.submit(locate, folder)  # checks every byte of it, while jax is imported
+    from maxtext.checkpoints.manager import read_parameters
     from maxtext.serve.writer import Writer
 
     step_folder, manifest = found.result()
-  tokenizer, vocabulary = _tokenizer(config.data, folder)
+  digest = read_extra(step_folder, manifest).get("data", {}).get("tokenizer")
+  tokenizer, vocabulary = _tokenizer(config.data, folder, digest)
   program = _program(config, vocabulary)
   writer = Writer(program, tokenizer, config.decode, config.data.add_bos)
   groups, length = _groups(prompts), config.decode.decode_length
   longest, trained = writer.check(prompts, length), config.training.max_target_length
   with ThreadPoolExecutor(1) as background:
     compiling = background.submit(writer.compile, program.state.params, groups[0], length)
-    params = _parameters(program, step_folder)
+    params = read_parameters(step_folder, manifest, program.state.params)
     compiling.result()
   log.info(f"step {manifest.step - 1} of {folder}, on {_devices(program)}")
   if longest > trained:
@@ -143,8 +145,11 @@ def _write(config: Config, folder: Path, prompts: list[str]) -> None:
   log.info(f"{count} tokens in {took:.1f} s, {count / took:.0f} tokens/s")
 
 
-def _tokenizer(data: Data, folder: Path) -> tuple[Tokenizer, int]:
-  """The run's tokenizer, and the vocabulary that its model has. Raises DataError."""
+def _tokenizer(data: Data, folder: Path, digest: str | None) -> tuple[Tokenizer, int]:
+  """The run's tokenizer, and the vocabulary that its model has. Raises DataError.
+
+  `digest` is the tokenizer's that the model has learned from.
+  """
   from maxtext.data import bpe
   from maxtext.data.corpus import open_corpus
   from maxtext.data.tokenizers import ByteTokenizer
@@ -155,8 +160,12 @@ def _tokenizer(data: Data, folder: Path) -> tuple[Tokenizer, int]:
     tokenizer = bpe.load(str(_file(folder, "tokenizer.json")))
     least = 0 if data.tokenizer_path else data.tokenizer_vocab_size  # a trained one may have fewer
     return tokenizer, max(tokenizer.vocab_size, least)
-  log.info(f"{folder} has no tokenizer.json; the tokenizer is taken from where training had it")
+  log.info(f"{folder} has no tokenizer.json: taking the tokenizer from where training had it")
   corpus = open_corpus(data)
+  if digest not in (None, corpus.tokenizer.digest):
+    raise DataError(
+      f"{folder}: its tokenizer.json is gone, and its data give another tokenizer now"
+    )
   return corpus.tokenizer, corpus.vocab_size
 
 
@@ -177,12 +186,6 @@ def _program(config: Config, vocabulary: int) -> Program:
     mesh = dataclasses.replace(mesh, **own)
     devices = devices[:1] if devices[0].platform == "cpu" else devices
   return program.build(dataclasses.replace(config, mesh=mesh), devices, vocabulary)
-
-
-def _parameters(program: Program, step_folder: Path) -> Params:
-  from maxtext.checkpoints.manager import restore_parameters
-
-  return restore_parameters(step_folder, program.state.params)
 
 
 def _devices(program: Program) -> str:
