@@ -1,7 +1,10 @@
-"""A run that is killed goes on as if nothing had happened; end_to_end/ does it at length."""
+"""A run that is stopped or killed goes on as if nothing had happened; end_to_end/ does more."""
 
 from __future__ import annotations
 
+import pytest
+
+from end_to_end import sigterm
 from end_to_end.kills import kill_and_resume
 from end_to_end.runs import Run
 
@@ -9,10 +12,24 @@ STEPS = 30
 KEYS = (f"steps={STEPS}", "eval_interval=15")
 
 
-def test_a_run_killed_three_times_equals_one_that_was_left_alone(tmp_path):
-  whole, killed = Run(tmp_path, "whole", KEYS), Run(tmp_path, "killed", KEYS)
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+  """One folder for all runs: the compiled step is kept there."""
+  return tmp_path_factory.mktemp("runs")
+
+
+def test_a_run_killed_three_times_equals_one_that_was_left_alone(parent):
+  whole, killed = Run(parent, "whole", KEYS), Run(parent, "killed", KEYS)
   whole.train()
   kill_and_resume(killed, kills=3)
   assert killed.hashes() == whole.hashes()
   assert killed.losses() == whole.losses()
   assert {step for step, *_ in whole.losses()} == set(range(STEPS))
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(parent):
+  sigterm.stopped_run_goes_on(parent)
+
+
+def test_a_second_sigterm_ends_at_once_and_costs_no_checkpoint(parent):
+  sigterm.second_signal_ends_at_once(parent)
