@@ -25,7 +25,7 @@ from maxtext.data.pipeline import (
   train_batches,
   vocabulary,
 )
-from maxtext.data.place import place
+from maxtext.data.place import host_rows, place
 from maxtext.errors import CheckpointError, ConfigError, Diverged
 from maxtext.log import log
 from maxtext.program import Program
@@ -110,7 +110,7 @@ class Run:
       compiling = background.submit(lambda: traced.lower().compile())
       preload()
       self.corpus = open_corpus(self.config.data)
-      self.batches = train_batches(self.corpus, self.config.data, self.rows, self.length)
+      self.batches = self._batches(train_batches, self.rows)
       state = self._begin(newest)
       first = int(state.step)
       self._write_config()
@@ -187,7 +187,7 @@ class Run:
     limit = None if config.eval.eval_steps == -1 else config.eval.eval_steps
 
     def held_out() -> Iterator[Batch]:
-      batches = eval_batches(self.corpus, config.data, rows, self.length)
+      batches = self._batches(eval_batches, rows)
       return itertools.islice(self._placed(batches, rows), limit)
 
     return Evaluate(
@@ -214,9 +214,17 @@ class Run:
     facts = resume.facts(self.config, self.devices)
     return {CONFIG: self.config.resolved(), FACTS: facts, DATA: self.batches.state()}
 
+  def _batches(self, source: Callable[..., Batches], rows: int) -> Batches:
+    """This host's part of batches of `rows` rows in all."""
+    mine = host_rows(self._where(rows), rows, self.length)
+    return source(self.corpus, self.config.data, rows, self.length, rows=mine)
+
   def _placed(self, batches: Iterator[dict], rows: int) -> Iterator[Batch]:
-    where = self.program.batch(rows)["inputs"].sharding
+    where = self._where(rows)
     return (place(batch, where) for batch in batches)
+
+  def _where(self, rows: int) -> jax.sharding.Sharding:
+    return self.program.batch(rows)["inputs"].sharding
 
   def _reporter(self) -> Callable[[Done], None]:
     """What hears of every finished step: the guard against divergence, the log, the curves."""
