@@ -21,6 +21,7 @@ PAGES = (
   "docs/configuration.md",
   "docs/running.md",
   "docs/checkpoints.md",
+  "docs/decoding.md",
   "docs/development.md",
 )
 LIMIT = 600.0  # seconds for the first command

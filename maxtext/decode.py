@@ -175,11 +175,9 @@ def _program(config: Config, vocabulary: int) -> Program:
   Mesh sizes that were typed for this command or stand in the environment are obeyed.
   Raises ConfigError.
   """
-  import jax
-
   from maxtext import program
 
-  devices, mesh = jax.devices(), config.mesh
+  devices, mesh = program.find_devices(config.run), config.mesh
   sizes = [key for key in vars(mesh) if key.endswith("_parallelism") or key == "num_slices"]
   if not any(config.sources[key].level >= ENVIRONMENT for key in sizes):
     own: dict[str, Any] = dict.fromkeys(sizes, 1) | {"ici_fsdp_parallelism": -1}

@@ -13,7 +13,7 @@ from end_to_end.readme import PAGES, ROOT, blocks
 from maxtext import config
 from maxtext.config.sections import SECTION_OF
 
-PROGRAMS = {"source", "tensorboard", ".venv/bin/ruff", ".venv/bin/mypy"}
+PROGRAMS = {"printf", "source", "tensorboard", ".venv/bin/ruff", ".venv/bin/mypy"}
 
 
 def commands() -> list[str]:
