@@ -1,0 +1,66 @@
+"""Kernels are chosen by name: the names users may write, the choice, and the refusals."""
+
+import logging
+import typing
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from maxtext import kernels
+from maxtext.errors import ConfigError
+from maxtext.layers import sections
+from maxtext.masks import Mask
+
+
+def call(name, length):
+  """Trace, no more."""
+  q, kv = (jax.ShapeDtypeStruct((1, length, heads, 4), jnp.float32) for heads in (2, 1))
+  tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  scores = kernels.Scores(0.5)
+  return jax.eval_shape(
+    lambda q, k, v, mask: kernels.attend(name, q, k, v, mask, scores), q, kv, kv, Mask.of(tokens)
+  )
+
+
+def test_the_names_a_user_may_write_are_the_registered_ones():
+  named = typing.get_args(typing.get_type_hints(sections.Kernel)["attention"])
+  assert set(named) == {"autoselected", *kernels._kernels}
+
+
+def test_an_unknown_kernel_is_refused_with_the_nearest_name():
+  with pytest.raises(ConfigError, match="did you mean 'blockwise'"):
+    call("blokwise", 4)
+
+
+def test_a_named_kernel_that_cannot_serve_says_why(monkeypatch):
+  kernel = kernels._kernels["dot_product"][0]
+  monkeypatch.setitem(kernels._kernels, "dot_product", (kernel, lambda *_: "it is Sunday"))
+  with pytest.raises(ConfigError, match="'dot_product' cannot serve this layer: it is Sunday"):
+    call("dot_product", 4)
+
+
+def test_autoselected_says_what_it_chose_and_why_not_the_other(monkeypatch, caplog):
+  monkeypatch.setattr(kernels, "_announced", set())
+  monkeypatch.setattr(kernels.log, "propagate", True)
+  monkeypatch.setattr(kernels, "LONG", 16 * 16)
+  with caplog.at_level(logging.INFO, "maxtext"):
+    for length in (15, 16, 16):
+      call("autoselected", length)
+    kernel = kernels._kernels["blockwise"][0]
+    monkeypatch.setitem(kernels._kernels, "blockwise", (kernel, lambda *_: "it is Sunday"))
+    kernels._announced.clear()
+    call("autoselected", 16)
+  assert caplog.messages == [
+    "attention: dot_product for queries x keys = 15 x 15",
+    "attention: blockwise for queries x keys = 16 x 16",
+    "attention: dot_product for queries x keys = 16 x 16; not blockwise: it is Sunday",
+  ]
+
+
+def test_nothing_fit_is_an_error_with_every_reason(monkeypatch):
+  for name, (kernel, _) in list(kernels._kernels.items()):
+    why = f"{name} rests"
+    monkeypatch.setitem(kernels._kernels, name, (kernel, lambda *_, why=why: why))
+  with pytest.raises(ConfigError, match="not dot_product: dot_product rests; not blockwise"):
+    call("autoselected", 4)
