@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, MlpSpec, NormSp
 
 VOCAB, WIDTH, POSITIONS = 64, 32, 48
 LONGEST = 48  # tokens of a row in these tests
+AXES = ("data", "fsdp", "fsdp_transpose", "tensor")
 DEFAULTS = config.load([], {})
 
 
@@ -67,13 +69,14 @@ def _one_pass(name):
 
 
 @functools.cache
-def build(name, scan=True, tensor=0, policy="none"):
+def build(name, scan=True, policy="none", **sizes):
   memory = Memory(scan_layers=scan, remat_policy=policy, num_vocab_tiling=1)
   spec, compute = SPECS[name], Compute(kernel="dot_product")
   plan = Plan.of(functools.partial(Decoder, spec, compute, memory))
-  devices = np.array(jax.devices()[: 8 if tensor else 1]).reshape(-1, tensor or 1)
+  shape = [sizes.get(axis, 1) for axis in AXES]
+  devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
   rules = {k: tuple(v) for k, v in DEFAULTS.mesh.logical_axis_rules.items()}
-  mesh = Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+  mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
   layout = sharding.Layout(mesh, sharding.Rules(rules))
   random = np.random.default_rng(len(name))
   drawn = {path: _draw(random, path, p.shape) for path, p in sorted(plan.declared.items())}
@@ -90,7 +93,7 @@ def _draw(random, path, shape):
 
 @pytest.fixture
 def model():
-  """model(name of a spec, scan=, tensor=, policy=): on one device, or with tensor=n on eight."""
+  """model(name of a spec, scan=, policy=, fsdp=2 ...) on a mesh of these sizes."""
   return build
 
 

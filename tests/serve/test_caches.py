@@ -11,6 +11,12 @@ from maxtext.masks import Mask
 from maxtext.serve.caches import RingCache, empty, filled
 
 LENGTH, SLOTS = 20, 24
+MESHES = (
+  {"fsdp": 8},
+  {"fsdp": 4, "tensor": 2},
+  {"data": 2, "fsdp": 2, "tensor": 2},
+  {"fsdp_transpose": 2, "fsdp": 2, "tensor": 2},
+)
 
 
 def in_parts(model, parts, ids, positions, segments):
@@ -64,9 +70,9 @@ def test_tokens_may_come_in_parts_of_any_size(model, parts):
   check(model("mixed"), parts, [20, 19])
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_every_mesh_decodes_alike(model, tensor):
-  check(model("mixed", tensor=tensor), TOKEN_BY_TOKEN, [20, 11, 15, 14, 20, 12, 11, 17])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_every_mesh_decodes_alike(model, sizes):
+  check(model("mixed", **sizes), TOKEN_BY_TOKEN, [20, 11, 15, 14, 20, 12, 11, 17])
 
 
 @pytest.mark.parametrize("spec", ["grouped", "windowed"])

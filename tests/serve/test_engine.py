@@ -51,9 +51,9 @@ def test_what_a_row_gets_does_not_depend_on_its_batch(model, engine):
     assert alone == [together[row]]
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_every_mesh_generates_alike_with_fewer_rows_than_devices(model, engine, tensor):
-  one, many = model("mixed"), model("mixed", tensor=tensor)
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_every_mesh_generates_alike_with_fewer_rows_than_devices(model, engine, sizes):
+  one, many = model("mixed"), model("mixed", **sizes)
   want = engine(one, **WEIGHTED).generate(one.params, PROMPTS, 12)
   assert engine(many, **WEIGHTED).generate(many.params, PROMPTS, 12) == want
 
