@@ -65,7 +65,8 @@ def parts(lines: list[str]) -> list[tuple[str, int]]:
 
 
 def words(text: str) -> list[str]:
-  return re.findall(r"[a-z]{3,}", text.lower())
+  """Words in small letters, so no names: those may be invented."""
+  return re.findall(r"\b[a-z]{3,}\b", text)
 
 
 def judge(output: str, seconds: int, known: set[str]) -> None:
