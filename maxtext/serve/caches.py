@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from maxtext.masks import Mask
-from maxtext.sharding import constrain
+from maxtext.sharding import Layout, constrain
 from maxtext.specs import AttentionSpec, DecoderSpec
 
 Caches = tuple[tuple["DenseCache", ...], ...]
@@ -148,7 +148,19 @@ def _empty(
   return kind(held, held, mark, mark, jnp.zeros(layers, jnp.int32))
 
 
+def placed(caches: Caches, layout: Layout) -> Caches:
+  """The shapes of caches, with where they stand."""
+
+  def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    where = layout.sharding(_AXES[: x.ndim], x.shape, "a cache")
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+  return jax.tree.map(place, caches)
+
+
+_AXES = ("layers", "activation_batch", None, "activation_kv_heads", "activation_kv")
+
+
 def _place(x: jax.Array) -> jax.Array:
   """Constrain x [l b s] or [l b s g k]: rows and heads as activations are."""
-  heads = ("activation_kv_heads", "activation_kv") if x.ndim == 5 else ()
-  return constrain(x, "layers", "activation_batch", None, *heads)
+  return constrain(x, *_AXES[: x.ndim])

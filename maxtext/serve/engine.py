@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
@@ -15,13 +16,13 @@ from maxtext.errors import ConfigError
 from maxtext.layers.decoder import Decoder
 from maxtext.layers.merging import Params, Plan
 from maxtext.masks import Mask
-from maxtext.serve.caches import Caches, empty, filled
+from maxtext.serve.caches import Caches, empty, filled, placed
 from maxtext.serve.sample import Sampler
 from maxtext.specs import DecoderSpec
 
 Hear = Callable[[int, int], None]
 Columns = dict[str, Any]  # tokens [b t], lengths [b], rows [b]: arrays or their shapes
-Held = tuple[Caches, jax.Array, jax.Array]
+Held = tuple[Caches, Any, Any]  # caches, ids [b], positions [b]: arrays or their shapes
 
 SLOTS = 64  # caches have a multiple of this many slots
 
@@ -52,7 +53,7 @@ class Engine:
   def __init__(self, parts: Parts, sampler: Sampler, eos: int | None = None):
     """A row ends with `eos`, which is not part of it (None: never before its length)."""
     self.parts, self.sampler, self.eos = parts, sampler, eos
-    self._compiled: dict[Sizes, tuple[Callable, Callable]] = {}
+    self._compiled: dict[Sizes, tuple[Callable, ...]] = {}
 
   def generate(
     self,
@@ -87,11 +88,26 @@ class Engine:
     if sizes not in self._compiled:
       shapes = {name: _shape(p, p.sharding) for name, p in params.items()}
       batch = self._shapes(sizes)
-      begin = jax.jit(self._begin, static_argnums=2).lower(shapes, batch, sizes.slots).compile()
-      held = jax.tree.map(_shape, begin.out_info, begin.output_shardings)
-      step = jax.jit(self._step, donate_argnums=1, out_shardings=begin.output_shardings)
-      self._compiled[sizes] = begin, step.lower(shapes, *held, batch["rows"]).compile()
+      begin = jax.jit(self._begin, static_argnums=2)
+      held = self._held(jax.eval_shape(lambda *args: begin(*args, sizes.slots), shapes, batch))
+      places = jax.tree.map(lambda s: s.sharding, held)
+      begin = jax.jit(self._begin, static_argnums=2, out_shardings=places)
+      step = jax.jit(self._step, donate_argnums=1, out_shardings=places)
+      lowered = [
+        begin.lower(shapes, batch, sizes.slots),
+        step.lower(shapes, *held, batch["rows"]),
+      ]
+      with ThreadPoolExecutor(2) as threads:
+        self._compiled[sizes] = tuple(threads.map(lambda low: low.compile(), lowered))
     return sizes
+
+  def _held(self, shapes: Held) -> Held:
+    """What goes from step to step, with its places: the ids whole on every device, since every
+    process looks at all of them.
+    """
+    layout, (caches, ids, positions) = self.parts.layout, shapes
+    place = lambda x, *axes: _shape(x, layout.sharding(axes, x.shape))
+    return placed(caches, layout), place(ids, None), place(positions, "activation_batch")
 
   def _ahead(self, params: Params, prompts: Sequence[Sequence[int]], length: int, first_row: int):
     """The ids [b] at each new position; the device is a token ahead of whoever looks at them."""
@@ -168,13 +184,9 @@ class Engine:
   def _choose(
     self, model: Decoder, x: jax.Array, rows: jax.Array, positions: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """The last layer of one token a row [b 1 d] -> the ids that follow [b], at these positions [b].
-
-    The ids are whole on every device, since every process looks at all of them.
-    """
+    """The last layer of one token a row [b 1 d] -> the ids that follow [b], at `positions` [b]."""
     logits = sharding.constrain(model.logits(x)[:, 0], "activation_batch", None)
-    ids = sharding.constrain(self.sampler(logits, rows, positions), None)
-    return ids, sharding.constrain(positions, "activation_batch")
+    return self.sampler(logits, rows, positions), positions
 
 
 def _shape(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
