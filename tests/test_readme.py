@@ -61,3 +61,9 @@ def test_every_end_to_end_script_is_in_the_documentation():
     re.findall(r"^\| `(\w+\.(?:py|sh))` ", (ROOT / "docs/development.md").read_text(), re.M)
   )
   assert named == scripts - {"runs.py", "kills.py"}
+
+
+def test_the_index_leads_to_every_page():
+  index = (ROOT / "docs/README.md").read_text()
+  pages = {str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*.md")}
+  assert pages - {"README.md"} == set(re.findall(r"\]\(((?!\.\.)[^)]+\.md)\)", index))
