@@ -128,6 +128,12 @@ def use(layout: Layout | None) -> Iterator[None]:
     _active.reset(token)
 
 
+def platform() -> str:
+  """The kind of device that is traced for: that of the layout in use, or else JAX's default."""
+  layout = _active.get()
+  return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Have the compiler lay `x` out by its logical axes; nothing happens outside `use`."""
   if (layout := _active.get()) is None or layout.mesh.size == 1:

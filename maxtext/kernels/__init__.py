@@ -11,6 +11,7 @@ import jax
 from maxtext.errors import ConfigError, closest
 from maxtext.log import log
 from maxtext.masks import Mask
+from maxtext.sharding import platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,8 @@ def attend(
 
 def _choose(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Scores) -> str:
   """The first fit kernel in the order of preference for this shape, said once of each kernel."""
-  long = q.shape[1] * k.shape[1] >= LONG
-  order = ("blockwise", "dot_product") if long else ("dot_product", "blockwise")
+  tiles = q.shape[1] >= FEW and q.shape[1] * k.shape[1] >= LONG.get(platform(), LONG["elsewhere"])
+  order = ("blockwise", "dot_product") if tiles else ("dot_product", "blockwise")
   passed: list[str] = []
   for name in order:
     if (why := _kernels[name][1](q, k, v, mask, scores)) is None:
@@ -89,7 +90,9 @@ def _choose(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Scores
   raise ConfigError("attention", "no kernel can serve this layer" + "".join(passed))
 
 
-# Queries x keys from which visiting tiles beats one plain product (scripts/benchmark_attention.py).
-LONG = 1024 * 1024
+# Queries x keys from which visiting tiles beats one plain product, unless there are few queries:
+# on CPU as scripts/benchmark_attention.py measures it, elsewhere where scores are worth their memory.
+LONG = {"cpu": 128 * 128, "elsewhere": 1024 * 1024}
+FEW = 32
 
 from maxtext.kernels import blockwise, dot_product  # noqa: E402, F401  (they register themselves)

@@ -43,18 +43,17 @@ def test_a_named_kernel_that_cannot_serve_says_why(monkeypatch):
 def test_autoselected_says_what_it_chose_and_why_not_the_other(monkeypatch, caplog):
   monkeypatch.setattr(kernels, "_announced", set())
   monkeypatch.setattr(kernels.log, "propagate", True)
-  monkeypatch.setattr(kernels, "LONG", 16 * 16)
   with caplog.at_level(logging.INFO, "maxtext"):
-    for length in (15, 16, 16):
+    for length in (127, 128, 128):
       call("autoselected", length)
     kernel = kernels._kernels["blockwise"][0]
     monkeypatch.setitem(kernels._kernels, "blockwise", (kernel, lambda *_: "it is Sunday"))
     kernels._announced.clear()
-    call("autoselected", 16)
+    call("autoselected", 128)
   assert caplog.messages == [
-    "attention: dot_product for queries x keys = 15 x 15",
-    "attention: blockwise for queries x keys = 16 x 16",
-    "attention: dot_product for queries x keys = 16 x 16; not blockwise: it is Sunday",
+    "attention: dot_product for queries x keys = 127 x 127",
+    "attention: blockwise for queries x keys = 128 x 128",
+    "attention: dot_product for queries x keys = 128 x 128; not blockwise: it is Sunday",
   ]
 
 
@@ -64,3 +63,15 @@ def test_nothing_fit_is_an_error_with_every_reason(monkeypatch):
     monkeypatch.setitem(kernels._kernels, name, (kernel, lambda *_, why=why: why))
   with pytest.raises(ConfigError, match="not dot_product: dot_product rests; not blockwise"):
     call("autoselected", 4)
+
+
+def test_one_query_over_a_long_cache_takes_the_plain_product():
+  assert chosen_for(1, 10**6) == "dot_product"
+  assert chosen_for(64, 1024) == "blockwise"
+
+
+def chosen_for(queries, keys):
+  like = jax.ShapeDtypeStruct
+  q, kv = like((1, queries, 2, 4), jnp.float32), like((1, keys, 1, 4), jnp.float32)
+  mask = Mask(like((1, queries), jnp.int32), like((1, keys), jnp.int32))
+  return kernels._choose(q, kv, kv, mask, kernels.Scores(0.5))
