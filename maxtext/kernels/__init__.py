@@ -91,7 +91,7 @@ def _choose(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Scores
 
 
 # Queries x keys from which visiting tiles beats one plain product, unless there are few queries:
-# on CPU as scripts/benchmark_attention.py measures it, elsewhere where scores are worth their memory.
+# on CPU as scripts/benchmark_attention.py measures, elsewhere where scores are worth their memory.
 LONG = {"cpu": 128 * 128, "elsewhere": 1024 * 1024}
 FEW = 32
 
