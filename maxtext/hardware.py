@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
+import warnings
 from pathlib import Path
 
 from maxtext.config.run import Run
+from maxtext.log import log
 
 _FORCED = "--xla_force_host_platform_device_count"
 
@@ -20,10 +23,21 @@ def prepare(run: Run) -> None:
   if run.devices is not None:
     flags = re.sub(rf"{_FORCED}=\d+", "", os.environ.get("XLA_FLAGS", ""))
     os.environ["XLA_FLAGS"] = f"{flags} {_FORCED}={run.devices}".strip()
-  if run.jax_cache_dir:
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(run.jax_cache_dir).expanduser()))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-  os.environ.setdefault(
-    "TF_CPP_MIN_LOG_LEVEL", "2"
-  )  # XLA's remarks on its own cache are not for users
+  if run.jax_cache_dir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _keep_programs(Path(run.jax_cache_dir).expanduser())
+  # XLA's and JAX's remarks on their own cache are not for users
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
+
+
+def _keep_programs(folder: Path) -> None:
+  """Have JAX keep compiled programs in `folder`; a run that cannot is slower to start, no more."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+  except OSError as error:
+    log.warning(f"jax_cache_dir: {folder} cannot be written ({error.strerror}); compiling anew")
+    return
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -157,8 +157,8 @@ def find_devices(run: Run) -> list[jax.Device]:
   """
   try:
     return jax.devices()
-  except RuntimeError as error:
-    what = str(error).splitlines()[0][:160]
+  except (RuntimeError, AssertionError) as error:  # an assertion where the platform's plugin fails
+    what = (str(error).splitlines() or ["JAX finds no such device"])[0][:120]
     raise ConfigError(
       "hardware",
       f"{run.hardware}: {what}; use hardware=auto or cpu, or install the extra for this hardware",

@@ -7,7 +7,7 @@ import fcntl
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def train(config: Config) -> int:
     if config.mesh.debug_sharding:
       log.info(sharding.table(built.plan.declared, built.layout, config.mesh.sharding_tolerance))
     run = Run(config, folder, built, started)
-    with run.checkpoints or contextlib.nullcontext():  # a save under way is finished, come what may
+    # a save under way is finished, come what may
+    with _memory(), run.checkpoints or contextlib.nullcontext():
       return run.train(stop)
 
 
@@ -115,7 +116,7 @@ class Run:
       first = int(state.step)
       self._write_config()
       with self._open_metrics(first) as self.metrics:
-        step = _compiled(compiling)
+        step = compiling.result()
         self._announce(step)
         with self._open_progress(first) as self.progress:
           end = self._loop(step, state, range(first, steps), stop)
@@ -314,15 +315,17 @@ class Run:
       log.info(line)
 
 
-def _compiled(compiling: Future) -> Step:
-  """The compiled step; what does not fit into memory is said in a line."""
+@contextlib.contextmanager
+def _memory() -> Iterator[None]:
+  """Say in a line what does not fit into memory, at whatever step of the way."""
   try:
-    return compiling.result()
+    yield
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    first = str(error).splitlines()[0][:200]
+    first = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")[:120]
     raise ConfigError(
       "per_device_batch_size",
-      f"a step needs more memory than a device has ({first}); lower it, or remat_policy=full",
+      f"the run needs more memory than a device has ({first}); lower it or max_target_length, "
+      "take remat_policy=full, or split the model",
     ) from error

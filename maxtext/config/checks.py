@@ -76,6 +76,12 @@ NEEDS = (
     lambda c: c.eval.eval_interval > 0,
   ),
   Need(
+    ("record_internal_nn_metrics",),
+    "enable_tensorboard=true",
+    "enable_tensorboard",
+    lambda c: c.observe.enable_tensorboard,
+  ),
+  Need(
     ("grain_packing_type", "max_segments_per_seq"),
     "packing=true",
     "packing",
@@ -221,6 +227,10 @@ def _written_files(config: Config) -> Iterator[Problem]:
   for key in PATHS:
     if "$" in (text := config.values[key]):
       yield key, f"{shown(text)}: nothing is filled in for $; write the path itself, ~ is your home"
+    if "://" in text:
+      yield key, f"{shown(text)}: object storage is not there yet; name a path of a file system"
+    elif os.path.expanduser(text).startswith("~"):
+      yield key, f"{shown(text)}: there is no such user; write the path itself, ~ is your home"
   for key in ("base_output_directory", "jax_cache_dir", "tokenizer_cache_dir"):
     if text := config.values[key]:
       path = Path(os.path.expanduser(text))

@@ -44,6 +44,9 @@ def on_devices(config: Config, devices: int) -> Iterator[Problem]:
   yield from _split(config, sizes)
 
 
+LESS = "or split the batch less, as with more ici_tensor_parallelism"
+
+
 def _batch(key: str, per_device: float, devices: int, ways: int) -> Iterator[Problem]:
   count = rows(per_device, devices)
   unit = f"a multiple of {ways / devices:g}"
@@ -51,7 +54,7 @@ def _batch(key: str, per_device: float, devices: int, ways: int) -> Iterator[Pro
     where = f"{devices} device{'s' * (devices > 1)}"
     yield key, f"{per_device:g} rows on {where} make {per_device * devices:g}; use {unit}"
   elif count % ways:
-    yield key, f"{count} rows on {devices} devices cannot be split {ways} ways; use {unit}"
+    yield key, f"{count} rows on {devices} devices cannot be split {ways} ways; use {unit}, {LESS}"
 
 
 def _split(config: Config, sizes: Mapping[str, int]) -> Iterator[Problem]:

@@ -55,7 +55,8 @@ def make_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
     ok = _acceptable(rules, sums["loss"].value, norm)
-    new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
+    # in the dtype that the state has: optimizers compute in that of the gradients
+    new = jax.tree.map(lambda a, b: jnp.where(ok, a, b).astype(b.dtype), new, state)
     metrics = {name: mean.value for name, mean in sums.items()}
     metrics |= {
       "total_weights": sums["loss"].weight,

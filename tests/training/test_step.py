@@ -96,6 +96,15 @@ def test_a_step_that_is_not_finite_changes_nothing(poison, flag, parts):
   assert metrics["ok"] and new.step == 1
 
 
+def test_a_state_keeps_its_dtypes_whatever_the_gradients_have():
+  optimizer = optax.adamw(RATE)
+  params, batch = problem()
+  params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+  state = State(jnp.int32(0), params, optimizer.init(params))
+  new, _ = jax.jit(make_step(loss, optimizer, RATE, Rules(grad_dtype="float32")))(state, batch)
+  assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
+
+
 def test_norms_before_and_after_clipping_are_reported():
   optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(1.0))
   state, new, metrics = run(Rules(clip=0.5), optimizer=optimizer)
