@@ -102,8 +102,9 @@ def _folder(config: Config) -> Path:
 
 def _prompts(config: Config) -> list[str]:
   """What is to be continued. Raises ConfigError."""
-  section = config.decode
-  if not section.prompts_file:
+  section, sources = config.decode, config.sources
+  above = sources["prompt"].level > sources["prompts_file"].level  # of two, what was said last
+  if not section.prompts_file or (section.prompt and above):
     if not section.prompt:
       raise ConfigError("prompt", 'is empty; give a text to continue, as prompt="Once upon a time"')
     return [section.prompt]

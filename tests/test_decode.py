@@ -144,6 +144,15 @@ def test_each_prompt_of_a_file_gets_what_it_would_get_alone(run, say, said, tmp_
   assert "9 tokens in" in err
 
 
+def test_a_file_of_prompts_goes_before_a_prompt_that_the_run_was_given(
+  run, say, tmp_path, monkeypatch
+):
+  monkeypatch.setenv("M_PROMPT", PROMPT)
+  file = tmp_path / "prompts.txt"
+  file.write_text("Now\nNow\n")
+  assert say(run, f"prompts_file={file}", "decode_length=3")[0].startswith("--- 1 of 2\nNow")
+
+
 def test_a_mesh_that_is_typed_is_used(run, said):
   mesh = ("ici_tensor_parallelism=2", "ici_fsdp_parallelism=4", "ici_data_parallelism=1")
   out, err = said(run, *NOW, *mesh)

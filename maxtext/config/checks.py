@@ -132,6 +132,7 @@ def of_run(config: Config, purpose: Purpose, environ: Mapping[str, str]) -> Iter
   yield from _unused(config)
   yield from _model(config)
   yield from _names(config)
+  yield from _prompts(config)
   yield from _virtual_devices(config, environ)
   yield from _written_files(config)
   if purpose == "train":
@@ -210,6 +211,17 @@ def _names(config: Config) -> Iterator[Problem]:
         "resume_changes",
         f"{shown(key)} is no key{closest(key, SECTION_OF) or '; name keys, as [steps]'}",
       )
+
+
+def _prompts(config: Config) -> Iterator[Problem]:
+  sources, decode = config.sources, config.decode
+  if (
+    decode.prompt
+    and decode.prompts_file
+    and sources["prompt"].level == sources["prompts_file"].level
+  ):
+    problem = "give one prompt, or a prompts_file with one a line, not both"
+    yield "prompt", problem, "prompts_file"
 
 
 def _virtual_devices(config: Config, environ: Mapping[str, str]) -> Iterator[Problem]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from maxtext.bounds import Bound, Count, Positive, Whole
@@ -19,11 +18,3 @@ class Decode:
   decode_sampling_temperature: Positive
   decode_length: Count
   decode_seed: Whole
-
-  def complaints(self) -> Iterator[tuple[str, ...]]:
-    if self.prompt and self.prompts_file:
-      yield (
-        "prompt",
-        "give one prompt, or a prompts_file with one a line, not both",
-        "prompts_file",
-      )
