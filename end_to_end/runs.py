@@ -124,7 +124,8 @@ class Process:
     return "\n".join(f"  | {line}" for line in self.lines[-lines:])
 
   def __str__(self) -> str:
-    return " ".join(self.command[1:])
+    words = " ".join(self.command[1:])
+    return words if len(words) < 500 else f"{words[:60]} ..."
 
 
 def module(name: str, *arguments: str | Path) -> Process:
