@@ -1,0 +1,229 @@
+"""Measure our train step: against the hand-written one, from a cold start, and on a virtual mesh.
+
+  python scripts/benchmark_step.py [step] [memory] [start] [mesh] [--remat POLICY ...] [--rounds 5]
+
+  step     interleaved with both styles of scripts/baseline_step.py, for every remat policy: ratios
+           of times (medians over rounds), and of memory as XLA plans it
+  memory   peak resident memory of a process that trains a few steps, ours and theirs
+  start    seconds from the start of `python -m maxtext.train` to its first finished step, with the
+           compilation cache empty and then full
+  mesh     8 virtual devices, fsdp 4 x tensor 2, against one, interleaved in one process
+
+The model is that of baseline_step.Size, in float32. On a busy machine trust CPU seconds and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+SIZE = (
+  "dtype=float32 base_emb_dim=512 base_num_decoder_layers=8 base_num_query_heads=8 "
+  "base_num_kv_heads=4 base_mlp_dim=1536 vocab_size=32000 max_target_length=512 steps=1000"
+).split()
+ROWS = 4
+STYLE_REMAT = {"none": "none", "minimal_with_context": "saved", "full": "full"}
+MESH = ("ici_fsdp_parallelism=4", "ici_tensor_parallelism=2")
+RUN = (
+  "dataset_type=synthetic steps=1 enable_checkpointing=false enable_tensorboard=false "
+  f"per_device_batch_size={ROWS}"
+).split()
+DEVICES = "--xla_force_host_platform_device_count="
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("parts", nargs="*", help="step, memory, start, mesh; default all")
+  parser.add_argument("--remat", nargs="+", choices=STYLE_REMAT, default=list(STYLE_REMAT))
+  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--alone", help=argparse.SUPPRESS)  # one contestant, for its peak memory
+  options = parser.parse_args()
+  measures = {"step": compare, "memory": weigh, "start": start, "mesh": spread}
+  if unknown := set(options.parts) - set(measures):
+    parser.error(f"{unknown.pop()!r} is none of {', '.join(measures)}")
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  if options.alone:
+    print(peak_alone(*options.alone.split(":")))
+    return
+  for name in options.parts or measures:
+    if options.parts == [name]:
+      measures[name](options)
+    else:  # each in a process of its own: device counts and peaks stay apart
+      flags = ["--remat", *options.remat, "--rounds", str(options.rounds)]
+      subprocess.run([sys.executable, __file__, name, *flags], check=True)
+
+
+def ours(policy: str, devices: int = 1, keys: Sequence[str] = ()) -> tuple[Callable, object]:
+  """A function that runs our step once, and the compiled step."""
+  import jax
+
+  from maxtext import config, program
+
+  rows = f"per_device_batch_size={ROWS / devices}"
+  loaded = config.load([*SIZE, f"remat_policy={policy}", rows, *keys], {})
+  built = program.build(loaded, jax.devices()[:devices])
+  shapes = built.batch(ROWS)
+  compiled = built.step.lower(built.state, shapes).compile()
+  batch = {
+    name: jax.device_put(_column(name, shape.shape, loaded.architecture.vocab_size), shape.sharding)
+    for name, shape in shapes.items()
+  }
+  carried = [built.init()]
+
+  def lap() -> float:
+    carried[0], metrics = compiled(carried[0], batch)
+    return float(metrics["loss"])
+
+  return lap, compiled
+
+
+def _column(name: str, shape: tuple[int, ...], vocabulary: int):
+  """One column of a batch of random tokens, a document a row."""
+  import numpy as np
+
+  if name.endswith("segmentation"):
+    return np.ones(shape, np.int32)
+  if name.endswith("position"):
+    return np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+  ids = np.random.default_rng(0).integers(0, vocabulary, (shape[0], shape[1] + 1), np.int32)
+  return ids[:, 1:] if name == "targets" else ids[:, :-1]
+
+
+def theirs(style: str, policy: str) -> tuple[Callable, object]:
+  """The same of the hand-written step."""
+  import dataclasses
+
+  import baseline_step
+  import jax
+
+  size = baseline_step.Size()
+  chosen = dataclasses.replace(baseline_step.STYLES[style], remat=STYLE_REMAT[policy])
+  compiled, batch = baseline_step.compile_step(chosen, size), baseline_step.make_batch(size)
+  carried = [jax.jit(baseline_step.init_state, static_argnums=1)(jax.random.key(0), size)]
+
+  def lap() -> float:
+    carried[0], value = compiled(carried[0], *batch)
+    return float(value)
+
+  return lap, compiled
+
+
+def compare(options: argparse.Namespace) -> None:
+  """Print how our step compares with the hand-written ones."""
+  import baseline_step
+  from race import race
+
+  print("step: ours / plain / tuned, seconds (wall and CPU, the best of all rounds), MiB")
+  for policy in options.remat:
+    made = {
+      "ours": ours(policy),
+      **{style: theirs(style, policy) for style in baseline_step.STYLES},
+    }
+    laps = race({name: lap for name, (lap, _) in made.items()}, options.rounds)
+    memory = {name: planned(compiled) for name, (_, compiled) in made.items()}
+    for name, its in laps.items():
+      speed = baseline_step.products(baseline_step.Size()) / min(its.cpu) / 1e9
+      line = (
+        f"  {policy:>20} {name:>6} {min(its.wall):6.2f} s {min(its.cpu):6.2f} CPU s"
+        f" {speed:4.0f} GFLOP per CPU s {memory[name]:6.0f} MiB"
+      )
+      if name != "ours":
+        us = laps["ours"]
+        line += (
+          f"   ours is {us.over(its, 'wall'):.3f} in wall, {us.over(its, 'cpu'):.3f} in CPU time,"
+          f" {memory['ours'] / memory[name]:.3f} in memory"
+        )
+      print(line, flush=True)
+
+
+def planned(compiled) -> float:
+  """MiB that XLA plans for: arguments (results take their place) and what stands beside them."""
+  memory = compiled.memory_analysis()
+  extra = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return (memory.argument_size_in_bytes + memory.temp_size_in_bytes + extra) / 2**20
+
+
+def weigh(options: argparse.Namespace) -> None:
+  """Print the peak resident memory of processes that train a few steps."""
+  print("memory: peak resident MiB of a process that trains three steps")
+  for policy in options.remat:
+    peaks = {}
+    for name in ("ours", "plain", "tuned"):
+      command = [sys.executable, __file__, "--alone", f"{name}:{policy}"]
+      done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+      peaks[name] = float(done.stdout.split()[-1])
+    shown = ", ".join(f"{name} {peak:.0f}" for name, peak in peaks.items())
+    against = ", ".join(f"{peaks['ours'] / peaks[name]:.3f} of {name}" for name in list(peaks)[1:])
+    print(f"  {policy:>20}  {shown}   ours is {against}", flush=True)
+
+
+def peak_alone(name: str, policy: str) -> float:
+  """MiB that this process needs at most when it trains with one contestant."""
+  lap, _ = ours(policy) if name == "ours" else theirs(name, policy)
+  for _ in range(3):
+    lap()
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def start(options: argparse.Namespace) -> None:
+  """Print the time to the first finished step, without and with a warm compilation cache."""
+  print(
+    "start: seconds from process start to the first finished step, CPU seconds of the whole run"
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    for number, state in enumerate(("cold", "warm", "warm")):
+      keys = [f"base_output_directory={folder}", f"run_name=start{number}"]
+      keys.append(f"jax_cache_dir={pathlib.Path(folder, 'cache')}")
+      wall, cpu = first_step([sys.executable, "-m", "maxtext.train", *SIZE, *RUN, *keys])
+      print(f"  {state}: {wall:.1f} s, {cpu:.1f} CPU s", flush=True)
+
+
+def first_step(command: list[str]) -> tuple[float, float]:
+  """Seconds until `command` prints its first finished step, and all its CPU seconds."""
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
+  begun, found, lines = time.perf_counter(), None, []
+  with subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  ) as run:
+    for line in run.stdout:
+      lines.append(line)
+      if found is None and line.startswith("completed step:"):
+        found = time.perf_counter() - begun
+  if found is None or run.returncode:
+    sys.exit("".join(lines) + f"the run ended with exit code {run.returncode}")
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return found, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def spread(options: argparse.Namespace) -> None:
+  """Print how the step on eight virtual devices compares with one device."""
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}8"
+  from race import race
+
+  print("mesh: 8 virtual devices, fsdp 4 x tensor 2, against one")
+  for policy in options.remat:
+    one, eight = ours(policy)[0], ours(policy, 8, MESH)[0]
+    if abs(one() - eight()) > 1e-4:
+      sys.exit("the two do not compute the same loss")
+    laps = race({"one": one, "eight": eight}, options.rounds)
+    ratios = [laps["eight"].over(laps["one"], kind) for kind in ("wall", "cpu")]
+    best = [(min(laps[name].wall), min(laps[name].cpu)) for name in ("eight", "one")]
+    print(
+      f"  {policy:>20}  {best[0][0]:.2f} against {best[1][0]:.2f} s,"
+      f" {best[0][1]:.2f} against {best[1][1]:.2f} CPU s:"
+      f" {ratios[0]:.3f} in wall, {ratios[1]:.3f} in CPU time",
+      flush=True,
+    )
+
+
+if __name__ == "__main__":
+  main()
