@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 
 SIZE = (
   "dtype=float32 base_emb_dim=512 base_num_decoder_layers=8 base_num_query_heads=8 "
-  "base_num_kv_heads=4 base_mlp_dim=1536 vocab_size=32000 max_target_length=512 steps=1000"
+  "base_num_kv_heads=4 base_mlp_dim=1536 vocab_size=32000 max_target_length=512"
 ).split()
 ROWS = 4
 STYLE_REMAT = {"none": "none", "minimal_with_context": "saved", "full": "full"}
