@@ -12,9 +12,9 @@ from maxtext.training.state import Params
 
 
 def make_optimizer(section: Optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
-  """Clip by global norm where asked, then the named optimizer at the schedule's rate."""
+  """The named optimizer at the schedule's rate; clipping is the step's."""
   if section.opt_type == "adamw":
-    update = optax.adamw(
+    return optax.adamw(
       schedule,
       b1=section.adam_b1,
       b2=section.adam_b2,
@@ -23,10 +23,7 @@ def make_optimizer(section: Optimizer, schedule: optax.Schedule) -> optax.Gradie
       mask=lambda params: decayed(params, section.adamw_mask),
       mu_dtype=jnp.dtype(section.mu_dtype) if section.mu_dtype else None,
     )
-  else:
-    update = optax.sgd(schedule)
-  clip = section.gradient_clipping_threshold
-  return optax.chain(optax.clip_by_global_norm(clip), update) if clip else update
+  return optax.sgd(schedule)
 
 
 def decayed(params: Params, spared: tuple[str, ...]) -> dict[str, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,9 @@ Loss = Callable[[Params, Batch, jax.Array | None], dict[str, Mean]]
 class Rules:
   """What a step does besides descending.
 
-  `accumulate` micro-batches make one batch; gradients are summed in `grad_dtype`; `clip` is the
-  norm at which the optimizer clips (0: never), for reporting; a loss or gradient that is NaN or
-  infinite leaves the state untouched where the flag of its kind is set; dropout is drawn from
-  `seed` and the step.
+  `accumulate` micro-batches make one batch; gradients are summed in `grad_dtype`, and shortened to
+  `clip` where their norm is larger (0: never); a loss or gradient that is NaN or infinite leaves
+  the state untouched where the flag of its kind is set; dropout is drawn from `seed` and the step.
   """
 
   accumulate: int = 1
@@ -50,13 +50,14 @@ def make_step(
     key = jax.random.fold_in(jax.random.key(rules.seed), state.step) if rules.dropout else None
     grads, sums = _gradients(loss, rules, state.params, batch, key)
     weight = jnp.maximum(sums["loss"].weight, 1)
-    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-    norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)) / weight
+    scale = 1 / weight
+    if rules.clip:
+      scale *= jnp.where(norm > rules.clip, rules.clip / norm, 1.0)
     ok = _acceptable(rules, sums["loss"].value, norm)
-    # in the dtype that the state has: optimizers compute in that of the gradients
-    new = jax.tree.map(lambda a, b: jnp.where(ok, a, b).astype(b.dtype), new, state)
+    # a choice for every array instead would keep old and new ones of all of them
+    descend = functools.partial(_descend, optimizer, scale)
+    new = jax.lax.cond(ok, descend, lambda state, grads: state, state, grads)
     metrics = {name: mean.value for name, mean in sums.items()}
     metrics |= {
       "total_weights": sums["loss"].weight,
@@ -69,6 +70,17 @@ def make_step(
     return new, metrics
 
   return step
+
+
+def _descend(
+  optimizer: optax.GradientTransformation, scale: jax.Array, state: State, grads: Params
+) -> State:
+  """The next state, from gradients that are still to be multiplied by `scale`."""
+  grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+  # in the dtype that the state has: optimizers compute in that of the gradients
+  return jax.tree.map(lambda a, b: a.astype(b.dtype), new, state)
 
 
 def _gradients(

@@ -105,11 +105,13 @@ def test_a_state_keeps_its_dtypes_whatever_the_gradients_have():
   assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
 
 
-def test_norms_before_and_after_clipping_are_reported():
-  optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(1.0))
-  state, new, metrics = run(Rules(clip=0.5), optimizer=optimizer)
+def test_gradients_are_shortened_to_the_norm_asked_for_and_both_norms_are_reported():
+  state, new, metrics = run(Rules(clip=0.5), optimizer=optax.sgd(1.0))
   assert metrics["raw_grad_norm"] > 0.5 and metrics["grad_norm"] == 0.5
   np.testing.assert_allclose(np.linalg.norm(new.params["w"] - state.params["w"]), 0.5, rtol=1e-5)
+  unclipped = run(Rules(), optimizer=optax.sgd(1.0))[1]
+  longer = run(Rules(clip=100.0), optimizer=optax.sgd(1.0))[1]
+  np.testing.assert_array_equal(longer.params["w"], unclipped.params["w"])
 
 
 def schedule(steps=100, **changes):
