@@ -252,12 +252,13 @@ def loss(style: Style, params: Params, tokens: jax.Array, targets: jax.Array) ->
 
 
 def train_step(style: Style, state: State, tokens: jax.Array, targets: jax.Array):
-  """(state, batch) -> (state, loss): adamw at a constant rate, every parameter decayed."""
+  """(state, batch) -> (state, loss): gradients shortened to norm 1, adamw at a constant rate."""
   params, first, second, count = state
   value, grads = jax.value_and_grad(functools.partial(loss, style))(params, tokens, targets)
+  shorter = 1 / jnp.maximum(1, jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(grads))))
   count += 1
-  first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, grads)
-  second = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g * g, second, grads)
+  first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * shorter * g, first, grads)
+  second = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * (shorter * g) ** 2, second, grads)
   rise, spread = 1 - 0.9**count, 1 - 0.95**count
 
   def update(p: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
