@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -18,12 +18,14 @@ from maxtext.sharding import platform
 class Scores:
   """What happens to q.k before the softmax: times `scale`, then `soft_cap * tanh(x / soft_cap)`.
 
-  `f32_product` computes q.k itself in float32 whatever the inputs are; the softmax always is.
+  `f32_product` computes q.k itself in float32 whatever the inputs are; the softmax always is. A
+  share `dropout` of the weights is zeroed, and the rest scaled up, where a kernel is given a seed.
   """
 
   scale: float
   soft_cap: float | None = None
   f32_product: bool = False
+  dropout: float = 0.0
 
 
 OUT = "attention_out"  # checkpoint_name of all that spares a backward pass the forward one
@@ -32,22 +34,31 @@ OUT = "attention_out"  # checkpoint_name of all that spares a backward pass the 
 class Kernel(Protocol):
   """q [b t h k], k [b s g k], v [b s g k], mask over [b t s] -> [b t h k]; h is a multiple of g.
 
-  A kernel tags its result, and what else its gradient needs of the forward pass, with the name OUT.
+  `sink` [h] is one more score of each head, which takes part in the softmax and has no value;
+  `seed` uint32 [2] draws dropout. A kernel tags its result, and what else its gradient needs of the
+  forward pass, with the name OUT.
   """
 
   def __call__(
-    self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Scores
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    scores: Scores,
+    sink: jax.Array | None = None,
+    seed: jax.Array | None = None,
   ) -> jax.Array: ...
 
 
-Unfit = Callable[[jax.Array, jax.Array, jax.Array, Mask, Scores], str | None]
+Unfit = Callable[..., str | None]
 
 _kernels: dict[str, tuple[Kernel, Unfit]] = {}
 _announced: set[str] = set()
 
 
 def register(name: str, unfit: Unfit = lambda *_: None) -> Callable[[Kernel], Kernel]:
-  """Register a kernel; `unfit(q, k, v, mask, scores)` says why it cannot serve, or None."""
+  """Register a kernel; `unfit` of the same arguments says why it cannot serve, or None."""
 
   def add(kernel: Kernel) -> Kernel:
     _kernels[name] = (kernel, unfit)
@@ -57,30 +68,38 @@ def register(name: str, unfit: Unfit = lambda *_: None) -> Callable[[Kernel], Ke
 
 
 def attend(
-  name: str, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Scores
+  name: str,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: Mask,
+  scores: Scores,
+  sink: jax.Array | None = None,
+  seed: jax.Array | None = None,
 ) -> jax.Array:
   """Run kernel `name`; 'autoselected' chooses and says so, a named one is obeyed or refused.
 
   Raises ConfigError when there is no such kernel, or with the kernel's words why it cannot serve.
   """
+  case = (q, k, v, mask.marked(), scores, sink, seed if scores.dropout else None)
   if name == "autoselected":
-    name = _choose(q, k, v, mask, scores)
+    name = _choose(*case)
   if name not in _kernels:
     known = ", ".join(["autoselected", *_kernels])
     raise ConfigError("attention", f"{name!r} is not a kernel{closest(name, _kernels)} ({known})")
   kernel, unfit = _kernels[name]
-  if why := unfit(q, k, v, mask, scores):
+  if why := unfit(*case):
     raise ConfigError("attention", f"{name!r} cannot serve this layer: {why}; use 'autoselected'")
-  return kernel(q, k, v, mask, scores)
+  return kernel(*case)
 
 
-def _choose(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Scores) -> str:
+def _choose(q: jax.Array, k: jax.Array, *rest: Any) -> str:
   """The first fit kernel in the order of preference for this shape, said once of each kernel."""
   tiles = q.shape[1] >= FEW and q.shape[1] * k.shape[1] >= LONG.get(platform(), LONG["elsewhere"])
   order = ("blockwise", "dot_product") if tiles else ("dot_product", "blockwise")
   passed: list[str] = []
   for name in order:
-    if (why := _kernels[name][1](q, k, v, mask, scores)) is None:
+    if (why := _kernels[name][1](q, k, *rest)) is None:
       if name not in _announced:
         _announced.add(name)
         shape = f"{q.shape[1]} x {k.shape[1]}"

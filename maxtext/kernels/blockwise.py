@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from maxtext.kernels import OUT, Scores, register
+from maxtext.kernels.dropout import kept
 from maxtext.masks import Mask
 
 # A tile is _LEAST to _MOST tokens on a side; in between, as large as leaves its scores over all
@@ -28,35 +30,66 @@ _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 @register("blockwise")
-def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scores: Scores) -> jax.Array:
+def blockwise(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: Mask,
+  scores: Scores,
+  sink: jax.Array | None = None,
+  seed: jax.Array | None = None,
+) -> jax.Array:
   """q [b t h k], k [b s g k], v [b s g k] -> [b t h k]; memory grows with t + s.
 
   Scores, softmax and all sums are float32; the weights meet the values in the values' dtype. A row
   that may see nothing gives zeros. Any mask, any lengths; differentiable once, in reverse mode.
   """
-  return _attention(scores, q, k, v, mask)
+  out, norm = partial(q, k, v, mask, scores, seed)
+  return out if sink is None else with_sink(out, norm, sink)
+
+
+def partial(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: Mask,
+  scores: Scores,
+  seed: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """As `blockwise`, and the log of each query's sum of exponentials, float32 [b t h].
+
+  Where no key is seen it is far below any score, so that parts can be put together.
+  """
+  return _attention(scores, q, k, v, mask, seed)
+
+
+def with_sink(out: jax.Array, norm: jax.Array, sink: jax.Array) -> jax.Array:
+  """out [b t h k] of queries with sums norm [b t h], once score sink [h] is among their keys."""
+  share = jax.nn.sigmoid(norm - sink.astype(jnp.float32))
+  return (out * share[..., None]).astype(out.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(scores: Scores, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-  return _forward(scores, q, k, v, mask)[0]
+def _attention(scores: Scores, q, k, v, mask: Mask, seed) -> tuple[jax.Array, jax.Array]:
+  return _forward(scores, q, k, v, mask, seed)[0]
 
 
-def _forward(scores: Scores, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask):
+def _forward(scores: Scores, q, k, v, mask: Mask, seed):
   plan = _Plan.of(q, k, mask)
   keys, values = plan.cut_keys(k), plan.cut_keys(v)
+  drop = _dropout(plan, scores, seed)
 
   def row(_, part):
-    q, queries, order, count = part
+    i, q, queries, order, count = part
 
-    def tile(i, carry):
+    def tile(n, carry):
       top, total, out = carry
-      j = order[i]
+      j = order[n]
       x, _ = _scores(scores, q, keys[j], mask, queries, plan.keys.at(j))
       new_top = jnp.maximum(top, x.max(-1))
       weights = jnp.exp(x - new_top[..., None])
       shrink = jnp.exp(top - new_top)
-      more = _product("bgrts,bgsk->bgrtk", weights.astype(v.dtype), values[j])
+      more = _product("bgrts,bgsk->bgrtk", drop(weights, i, j).astype(v.dtype), values[j])
       return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + more
 
     zeros = jnp.zeros(q.shape[:-1], jnp.float32)
@@ -65,46 +98,63 @@ def _forward(scores: Scores, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mas
     total = jnp.maximum(total, _TINY)
     return None, ((out / total[..., None]).astype(v.dtype), top + jnp.log(total))
 
-  _, (out, norm) = lax.scan(row, None, (plan.cut_queries(q), plan.queries, plan.order, plan.count))
-  out, norm = checkpoint_name(plan.join_queries(out), OUT), checkpoint_name(norm, OUT)
-  return out, (q, k, v, mask, out, norm)
+  _, (out, norm) = lax.scan(row, None, plan.rows(plan.cut_queries(q)))
+  out = checkpoint_name(plan.join_queries(out), OUT)
+  norm = checkpoint_name(plan.join_queries(norm[..., None])[..., 0], OUT)
+  return (out, norm), (q, k, v, mask, seed, out, norm)
 
 
-def _backward(scores: Scores, saved, d_out: jax.Array):
+def _backward(scores: Scores, saved, cotangents: tuple[jax.Array, jax.Array]):
   """One sweep over the tiles: queries carry their gradient, the keys' is added up in place."""
-  q, k, v, mask, out, norm = saved
+  (q, k, v, mask, seed, out, norm), (d_out, d_norm) = saved, cotangents
   plan = _Plan.of(q, k, mask)
   keys, values = plan.cut_keys(k), plan.cut_keys(v)
+  drop = _dropout(plan, scores, seed)
   # sum over s of weight * its gradient = out . d_out, for every query
-  share = jnp.einsum("bthk,bthk->bth", out, d_out, preferred_element_type=jnp.float32)
-  share = plan.cut_queries(share[..., None])[..., 0]
+  share = jnp.einsum("bthk,bthk->bth", out, d_out, preferred_element_type=jnp.float32) - d_norm
+  share, norm = (plan.cut_queries(x[..., None])[..., 0] for x in (share, norm))
 
   def row(carry, part):
-    q, d_out, share, norm, queries, order, count = part
+    i, q, queries, order, count, d_out, share, norm = part
 
-    def tile(i, carry):
+    def tile(n, carry):
       dq, dk, dv = carry
-      j = order[i]
+      j = order[n]
       x, slope = _scores(scores, q, keys[j], mask, queries, plan.keys.at(j))
       weights = jnp.exp(x - norm[..., None])
-      dx = weights * (_product("bgrtk,bgsk->bgrts", d_out, values[j]) - share[..., None]) * slope
+      dweights = drop(_product("bgrtk,bgsk->bgrts", d_out, values[j]), i, j)
+      dx = weights * (dweights - share[..., None]) * slope
       dx = dx.astype(jnp.float32 if scores.f32_product else q.dtype)
       dq = dq + _product("bgrts,bgsk->bgrtk", dx, keys[j])
       dk = _add_at(dk, j, _product("bgrts,bgrtk->bgsk", dx, q))
-      dv = _add_at(dv, j, _product("bgrts,bgrtk->bgsk", weights.astype(v.dtype), d_out))
+      weights = drop(weights, i, j).astype(v.dtype)
+      dv = _add_at(dv, j, _product("bgrts,bgrtk->bgsk", weights, d_out))
       return dq, dk, dv
 
     dq, dk, dv = lax.fori_loop(0, count, tile, (jnp.zeros(q.shape, jnp.float32), *carry))
     return (dk, dv), dq.astype(q.dtype)
 
-  blocks = (plan.cut_queries(q), plan.cut_queries(d_out), share, norm)
+  blocks = plan.rows(plan.cut_queries(q), plan.cut_queries(d_out), share, norm)
   start = (jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32))
-  (dk, dv), dq = lax.scan(row, start, (*blocks, plan.queries, plan.order, plan.count))
+  (dk, dv), dq = lax.scan(row, start, blocks)
   dk, dv = plan.join_keys(dk), plan.join_keys(dv)
-  return plan.join_queries(dq), dk.astype(k.dtype), dv.astype(v.dtype), None
+  return plan.join_queries(dq), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _dropout(plan: _Plan, scores: Scores, seed: jax.Array | None) -> Callable:
+  """(weights [b g r t s] of tile i, j) -> those that are kept, scaled."""
+  if seed is None or not scores.dropout:
+    return lambda weights, i, j: weights
+
+  def drop(weights: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+    b, g, r, t, s = weights.shape
+    queries, keys = i * t + jnp.arange(t), j * s + jnp.arange(s)
+    return weights * kept(seed, scores.dropout, (b, g * r), queries, keys).reshape(weights.shape)
+
+  return drop
 
 
 def _scores(
@@ -124,6 +174,8 @@ def _scores(
     kv_pos=keys.positions,
     q_seg=queries.segments,
     kv_seg=keys.segments,
+    q_span=queries.spans,
+    kv_span=keys.spans,
   )
   return jnp.where(tile.dense()[:, None, None], x, _HIDDEN), slope
 
@@ -140,25 +192,29 @@ def _add_at(total: jax.Array, j: jax.Array, x: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Tokens:
-  """Blocks of tokens: positions and segments [n b l]."""
+  """Blocks of tokens: positions, segments and spans [n b l]."""
 
   positions: jax.Array
   segments: jax.Array | None
+  spans: jax.Array | None
 
   @classmethod
-  def of(cls, positions: jax.Array, segments: jax.Array | None, side: int) -> _Tokens:
-    """Cut [b t] into blocks; what fills the last one is padding, segment 0."""
-    if segments is None and positions.shape[1] % side:
-      segments = jnp.ones_like(positions)
-    return cls(_cut(positions, side), None if segments is None else _cut(segments, side))
+  def of(cls, side: int, *marks: jax.Array | None) -> _Tokens:
+    """Cut positions, segments, spans [b t] into blocks; padding fills the last one, segment 0."""
+    return cls(*(None if mark is None else _cut(mark, side) for mark in marks))
 
   def at(self, j: jax.Array) -> _Tokens:
     """Block j: [b l]."""
     return jax.tree.map(lambda x: x[j], self)
 
-  def ranges(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The least and the greatest of `values` [n b l] that are not padding, per block: [n b]."""
+  def ranges(self, name: str) -> tuple[jax.Array, jax.Array]:
+    """The least and the greatest positions, segments or spans of each block [n b].
+
+    Of tokens that are not padding; of spans, those of tokens that are in one.
+    """
+    values = getattr(self, name)
     true = True if self.segments is None else self.segments != 0
+    true &= True if name != "spans" else values != 0
     end = jnp.iinfo(values.dtype).max
     return jnp.where(true, values, end).min(-1), jnp.where(true, values, -end).max(-1)
 
@@ -187,11 +243,15 @@ class _Plan:
     q_seg, kv_seg = mask.q_seg, mask.kv_seg
     if q_seg is None and (t % sides[0] or s % sides[1]):
       q_seg, kv_seg = jnp.ones_like(mask.q_pos), jnp.ones_like(mask.kv_pos)
-    queries = _Tokens.of(mask.q_pos, q_seg, sides[0])
-    keys = _Tokens.of(mask.kv_pos, kv_seg, sides[1])
+    queries = _Tokens.of(sides[0], mask.q_pos, q_seg, mask.q_span)
+    keys = _Tokens.of(sides[1], mask.kv_pos, kv_seg, mask.kv_span)
     seen = _visible(mask, queries, keys)
     order = jnp.argsort(~seen, axis=1, stable=True).astype(jnp.int32)
     return cls(queries, keys, order, seen.sum(1, dtype=jnp.int32), (t, s), sides, g)
+
+  def rows(self, q: jax.Array, *more: jax.Array) -> tuple:
+    """What is scanned over: the block's number, queries, marks, the tiles to visit, and `more`."""
+    return jnp.arange(q.shape[0]), q, self.queries, self.order, self.count, *more
 
   def cut_queries(self, x: jax.Array) -> jax.Array:
     """[b t h k] -> [n b g r l k]."""
@@ -222,15 +282,23 @@ def _visible(mask: Mask, queries: _Tokens, keys: _Tokens) -> jax.Array:
   """
 
   def between(name: str) -> tuple[jax.Array, ...]:
-    q, k = queries.ranges(getattr(queries, name)), keys.ranges(getattr(keys, name))
+    q, k = queries.ranges(name), keys.ranges(name)
     return (*(x[:, None] for x in q), *(x[None] for x in k))
 
   q_least, q_most, k_least, k_most = between("positions")
-  seen = (q_least <= q_most) & (k_least <= k_most)
-  if mask.causal:
+  real = (q_least <= q_most) & (k_least <= k_most)
+  seen = real
+  if mask.block is not None:
+    seen &= q_most // mask.block >= k_least // mask.block
+  elif mask.causal:
     seen &= q_most >= k_least
   if mask.window is not None:
     seen &= q_least - k_most < mask.window
+  if (chunk := mask.chunk) is not None:
+    seen &= (q_least // chunk <= k_most // chunk) & (k_least // chunk <= q_most // chunk)
+  if queries.spans is not None:
+    q_least, q_most, k_least, k_most = between("spans")
+    seen |= real & (q_least <= k_most) & (k_least <= q_most)
   if queries.segments is not None:
     q_least, q_most, k_least, k_most = between("segments")
     seen &= (q_least <= k_most) & (k_least <= q_most)

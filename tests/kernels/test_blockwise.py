@@ -42,9 +42,14 @@ HASTY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": Fal
 jit = functools.partial(jax.jit, compiler_options=HASTY)
 
 
-def differentiate(name, q, k, v, cotangent, mask, scores):
-  """The result and the gradients by q, k and v."""
-  y, back = jax.vjp(lambda q, k, v: attend(name, q, k, v, mask, scores), q, k, v)
+def differentiate(name, q, k, v, cotangent, mask, scores, sink=None, seed=None):
+  """The result and the gradients by q, k, v and, where there is one, the sink."""
+  traced = (q, k, v) if sink is None else (q, k, v, sink)
+
+  def kernel(q, k, v, sink=None):
+    return attend(name, q, k, v, mask, scores, sink, seed)
+
+  y, back = jax.vjp(kernel, *traced)
   return y, *back(cotangent.astype(y.dtype))
 
 
@@ -59,8 +64,10 @@ def assert_equal(ours, truth, noise=1e-5):
     np.testing.assert_allclose(a, b, rtol=0, atol=noise * max(1.0, np.abs(b).max()))
 
 
-def assert_like_reference(q, k, v, cotangent, mask, scores=SCORES, noise=1e-5):
-  args = (q, k, v, cotangent, mask, scores)
+def assert_like_reference(
+  q, k, v, cotangent, mask, scores=SCORES, noise=1e-5, sink=None, seed=None
+):
+  args = (q, k, v, cotangent, mask, scores, sink, seed)
   assert_equal(run("blockwise", *args), run("dot_product", *args), noise)
 
 
@@ -105,6 +112,51 @@ def test_it_equals_the_reference(heads, window, soft_cap, packed, head_dim, leng
   assert_like_reference(*arrays, mask, Scores(head_dim**-0.5, soft_cap), noise)
 
 
+STRUCTURES = [{"chunk": 6}, {"block": 5}, {"causal": False}, {"window": 3, "chunk": 11}]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+@pytest.mark.parametrize("spans", [False, True])
+def test_every_structure_equals_the_reference(structure, spans):
+  length = 37
+  positions, segments = (jnp.concatenate([x, x]) for x in documents(20, 12, padding=5))
+  span = jnp.tile(jnp.array([1] * 7 + [0] * 9 + [2] * 14 + [0] * 7), (2, 1)) if spans else None
+  mask = Mask.of(positions, segments, span).narrow(**structure)
+  assert_like_reference(*draw(length, length), mask)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_sinks_and_dropout_equal_the_reference(soft_cap, dropout):
+  positions, segments = (jnp.concatenate([x, x]) for x in documents(20, 12, padding=5))
+  mask = Mask.of(positions, segments).narrow(9)
+  sink, seed = jnp.array([-2.0, 0.0, 1.0, 4.0]), jnp.array([7, 11], jnp.uint32)
+  scores = Scores(0.3, soft_cap, dropout=dropout)
+  assert_like_reference(*draw(37, 37), mask, scores, sink=sink, seed=seed)
+
+
+def test_parts_of_the_keys_put_together_are_the_whole():
+  """out and log-sum of two halves of the keys give both, with gradients through the weights."""
+  q, k, v, cotangent = draw(24, 24)
+  positions = count_up(2, 24)
+
+  def halves(q, k, v):
+    parts = []
+    for half in (slice(0, 10), slice(10, 24)):
+      mask = Mask(positions, positions[:, half])
+      parts.append(blockwise.partial(q, k[:, half], v[:, half], mask, SCORES))
+    (a, x), (b, y) = parts
+    share = jax.nn.sigmoid(x - y)[..., None]
+    return a * share + b * (1 - share)
+
+  def both(q, k, v):
+    out, back = jax.vjp(halves, q, k, v)
+    return out, *back(cotangent)
+
+  mask = Mask.of(positions)
+  assert_equal(jit(both)(q, k, v), run("dot_product", q, k, v, cotangent, mask, SCORES))
+
+
 def test_products_in_float32_reach_the_gradients():
   arrays = draw(24, 24, dtype=jnp.bfloat16)
   mask = Mask.of(count_up(2, 24))
@@ -130,8 +182,12 @@ def masks(draw_, t, s):
     q_seg, kv_seg = tokens(t, segment), tokens(s, segment)
     if draw_(st.booleans()):
       q_seg, kv_seg = jnp.sort(q_seg), jnp.sort(kv_seg)
-  causal, window = draw_(st.sampled_from([(True, None), (True, 9), (False, None), (False, 9)]))
-  return Mask(q_pos, kv_pos, q_seg, kv_seg, causal, window)
+  spans = [None, None]
+  if draw_(st.booleans()):
+    spans = [tokens(t, st.integers(0, 2)), tokens(s, st.integers(0, 2))]
+  structure = draw_(st.sampled_from([{}, {"window": 9}, {"chunk": 7}, {"block": 5}]))
+  mask = Mask(q_pos, kv_pos, q_seg, kv_seg, *spans, causal=draw_(st.booleans()))
+  return mask.narrow(**structure)
 
 
 @pytest.mark.parametrize("examples", [30, pytest.param(300, marks=pytest.mark.slow)])
