@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def _static(default: object) -> object:
+def _static(default: Any) -> Any:
   return dataclasses.field(default=default, metadata={"static": True})
 
 
@@ -62,14 +63,12 @@ class Mask:
 
   def marked(self) -> Mask:
     """The same mask with segments and spans given for queries and keys alike, or for neither."""
-    filled = self
+    new: dict[str, Any] = {}
     for mark, missing in (("seg", 1), ("span", 0)):
       for side, other in (("q", "kv"), ("kv", "q")):
-        absent = getattr(filled, f"{side}_{mark}") is None
-        if absent and getattr(filled, f"{other}_{mark}") is not None:
-          plain = jnp.full_like(getattr(filled, f"{side}_pos"), missing)
-          filled = dataclasses.replace(filled, **{f"{side}_{mark}": plain})
-    return filled
+        if getattr(self, f"{side}_{mark}") is None and getattr(self, f"{other}_{mark}") is not None:
+          new[f"{side}_{mark}"] = jnp.full_like(getattr(self, f"{side}_pos"), missing)
+    return dataclasses.replace(self, **new)
 
   def allows(self, q_pos: jax.Array, kv_pos: jax.Array, seg=None, span=None) -> jax.Array:
     """The predicate itself, on arrays that broadcast; `seg` and `span` are pairs (query, key)."""

@@ -199,9 +199,10 @@ class _Tokens:
   spans: jax.Array | None
 
   @classmethod
-  def of(cls, side: int, *marks: jax.Array | None) -> _Tokens:
+  def of(cls, side: int, positions: jax.Array, *marks: jax.Array | None) -> _Tokens:
     """Cut positions, segments, spans [b t] into blocks; padding fills the last one, segment 0."""
-    return cls(*(None if mark is None else _cut(mark, side) for mark in marks))
+    segments, spans = (None if mark is None else _cut(mark, side) for mark in marks)
+    return cls(_cut(positions, side), segments, spans)
 
   def at(self, j: jax.Array) -> _Tokens:
     """Block j: [b l]."""
