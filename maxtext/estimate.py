@@ -36,11 +36,11 @@ class Flops:
 def forward_flops(spec: DecoderSpec, tokens: int, length: int) -> Flops:
   """One forward pass over `tokens` tokens in causal sequences of `length`."""
   pairs = sum(
-    attention.heads * attention.head_dim * _pairs(length, attention.window)
+    attention.heads * (attention.head_dim + _value_dim(attention)) * _pairs(length, attention)
     for attention in (block.attention for block in _blocks(spec))
   )
   # q.k and weights.v: each a product of head_dim terms for every pair of tokens and every head
-  return Flops(2.0 * matmul_parameters(spec) * tokens, 4.0 * pairs * tokens / length)
+  return Flops(2.0 * matmul_parameters(spec) * tokens, 2.0 * pairs * tokens / length)
 
 
 def step_flops(spec: DecoderSpec, tokens: int, length: int) -> Flops:
@@ -48,10 +48,23 @@ def step_flops(spec: DecoderSpec, tokens: int, length: int) -> Flops:
   return forward_flops(spec, tokens, length) * 3
 
 
-def _pairs(length: int, window: int | None) -> float:
-  """Pairs (query, key) of a causal sequence, half the square, less what a window leaves out."""
-  window = length if window is None else min(window, length)
+def _pairs(length: int, spec: AttentionSpec) -> float:
+  """Pairs (query, key) of a sequence that see each other; of a causal one, half the square, less
+  what a window, or chunks, leave out.
+  """
+  if not spec.causal:
+    return float(length * length)
+  if spec.chunk is not None and spec.chunk < length:
+    whole, rest = divmod(length, spec.chunk)
+    return (whole * spec.chunk**2 + rest**2) / 2
+  if spec.block is not None:
+    return length * (length + min(spec.block, length)) / 2
+  window = length if spec.window is None else min(spec.window, length)
   return window * length - window * window / 2
+
+
+def _value_dim(spec: AttentionSpec) -> int:
+  return spec.head_dim if spec.latent is None else spec.latent.value_dim
 
 
 def matmul_parameters(spec: DecoderSpec) -> int:
@@ -66,8 +79,8 @@ def parameter_count(spec: DecoderSpec) -> int:
   blocks = sum(
     _projections(block, spec.width)
     + _biases(block.attention, block.mlp, spec.width)
+    + _attention_norms(block.attention)
     + 2 * _norm(block.norm, spec.width)
-    + 2 * _norm(block.attention.qk_norm, block.attention.head_dim)
     for block in _blocks(spec)
   )
   return tables * spec.width + blocks + _norm(spec.norm, spec.width)
@@ -81,18 +94,43 @@ def _blocks(spec: DecoderSpec) -> Iterator[BlockSpec]:
 
 def _projections(block: BlockSpec, width: int) -> int:
   """Weights of a block's projections: query, key, value, out; up (and gate), down."""
-  attention, mlp = block.attention, block.mlp
-  heads = 2 * (attention.heads + attention.kv_heads) * attention.head_dim
-  return width * (heads + (len(mlp.activations) + 1) * mlp.hidden)
+  mlp = block.mlp
+  return _heads(block.attention, width) + width * (len(mlp.activations) + 1) * mlp.hidden
+
+
+def _heads(spec: AttentionSpec, width: int) -> int:
+  """Weights of an attention layer's projections."""
+  if (low := spec.latent) is None:
+    queries = spec.heads * (3 if spec.gate else 2)  # out has as many as the queries
+    return width * (queries + spec.kv_heads * (1 if spec.share_kv else 2)) * spec.head_dim
+  queries = spec.heads * spec.head_dim
+  queries = width * queries if low.q_rank is None else low.q_rank * (width + queries)
+  down = width * (low.kv_rank + low.rope_dim)
+  up = low.kv_rank * spec.heads * (low.nope_dim + low.value_dim)
+  return queries + down + up + spec.heads * low.value_dim * width
 
 
 def _biases(attention: AttentionSpec, mlp: MlpSpec, width: int) -> int:
-  heads = (attention.heads + 2 * attention.kv_heads) * attention.head_dim + width
-  return attention.bias * heads + mlp.bias * (len(mlp.activations) * mlp.hidden + width)
+  groups = attention.kv_heads * (1 if attention.share_kv else 2)
+  heads = (attention.heads * (2 if attention.gate else 1) + groups) * attention.head_dim
+  out = attention.bias if attention.out_bias is None else attention.out_bias
+  attending = attention.bias * heads + out * width + attention.sink * attention.heads
+  return attending + mlp.bias * (len(mlp.activations) * mlp.hidden + width)
+
+
+def _attention_norms(spec: AttentionSpec) -> int:
+  if spec.latent is not None:
+    ranks = (spec.latent.kv_rank, spec.latent.q_rank or 0)
+    return sum(_norm(spec.latent.norm, rank) for rank in ranks)
+  whole = spec.qk_norm is not None and spec.qk_norm.whole
+  heads = spec.heads + spec.kv_heads if whole else 2
+  return _norm(spec.qk_norm, heads * spec.head_dim) + _norm(spec.v_norm, spec.head_dim)
 
 
 def _norm(spec: NormSpec | None, width: int) -> int:
-  return 0 if spec is None else width * (2 if spec.kind == "layer" else 1)
+  if spec is None or spec.kind == "l2":
+    return 0
+  return width * (2 if spec.kind == "layer" else 1)
 
 
 # Published dense bf16 peaks in TFLOP/s of what JAX calls one device: Google's pages on Cloud TPU

@@ -17,7 +17,15 @@ from maxtext.layers.params import Compute
 from maxtext.layers.sections import Memory
 from maxtext.masks import Mask
 from maxtext.objectives.next_token import NextToken
-from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, MlpSpec, NormSpec, Stage
+from maxtext.specs import (
+  AttentionSpec,
+  BlockSpec,
+  DecoderSpec,
+  MlpSpec,
+  NormSpec,
+  QkNormSpec,
+  Stage,
+)
 
 ROWS, LENGTH = 2, 512
 LAYER = NormSpec("layer")
@@ -33,7 +41,7 @@ GPT = DecoderSpec(
   tied=True,
   positions=LENGTH,
 )
-NARROW = AttentionSpec(6, 3, 16, window=4, qk_norm=NormSpec(), bias=True)
+NARROW = AttentionSpec(6, 3, 16, window=4, qk_norm=QkNormSpec(), bias=True)
 ODD = DecoderSpec(
   width=48,
   vocab=96,
@@ -41,7 +49,7 @@ ODD = DecoderSpec(
     Stage(
       (
         BlockSpec(NARROW, MlpSpec(80, bias=True)),
-        BlockSpec(AttentionSpec(2, 1, 8, qk_norm=LAYER), MlpSpec(64, ("relu",))),
+        BlockSpec(AttentionSpec(2, 1, 8, qk_norm=QkNormSpec("layer")), MlpSpec(64, ("relu",))),
       ),
       3,
     ),

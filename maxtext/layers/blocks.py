@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maxtext.layers.attentions import Attention, C
+from maxtext.layers.grouped import C, GroupedAttention
+from maxtext.layers.latent import LatentAttention
 from maxtext.layers.mlp import Mlp
 from maxtext.layers.norms import make_norm
 from maxtext.layers.params import Compute
@@ -21,7 +22,8 @@ class Block(nnx.Module):
   def __init__(self, spec: BlockSpec, width: int, compute: Compute, rngs: nnx.Rngs):
     self.spec = spec
     self.attention_norm = make_norm(spec.norm, width, compute, rngs)
-    self.attention = Attention(spec.attention, width, compute, rngs)
+    layer = LatentAttention if spec.attention.latent else GroupedAttention
+    self.attention = layer(spec.attention, width, compute, rngs)
     self.mlp_norm = make_norm(spec.norm, width, compute, rngs)
     self.mlp = Mlp(spec.mlp, width, compute, rngs)
 
@@ -30,7 +32,10 @@ class Block(nnx.Module):
   ) -> tuple[jax.Array, C | None]:
     """`key` draws dropout; without it there is none."""
     keys = (None, None) if key is None else jax.random.split(key)
-    y, cache = self.attention(self.attention_norm(x), mask, cache)
+    seed = None
+    if key is not None and self.spec.attention.dropout:
+      seed = jax.random.bits(jax.random.fold_in(key, 2), (2,), jnp.uint32)
+    y, cache = self.attention(self.attention_norm(x), mask, cache, seed)
     x = _place(x + drop(y, self.spec.dropout, keys[0]))
     x = _place(x + drop(self.mlp(self.mlp_norm(x)), self.spec.dropout, keys[1]))
     return x, cache

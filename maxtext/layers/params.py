@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 from maxtext import sharding
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+DenseInitializer = Callable[..., jax.Array]  # (key, shape, dtype, in_axis, out_axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Compute:
 
   Activations and matmul inputs have `dtype`, parameters `weight_dtype`; norms, softmax sums, rotary
   angles and the loss are float32 always. `f32_scores` computes q.k in float32, `f32_logits` the
-  unembedding.
+  unembedding. For the layout's sake `heads_first` keeps queries, keys and values in memory head by
+  head while attention is computed, and `reshape_q` gives a lone query a copy of itself beside it.
   """
 
   dtype: jnp.dtype = jnp.dtype("float32")
@@ -30,6 +33,20 @@ class Compute:
   matmul_precision: str | None = None
   f32_scores: bool = False
   f32_logits: bool = False
+  heads_first: bool = False
+  reshape_q: bool = False
+
+
+def nd_dense_init(scale: float, mode: str, distribution: str) -> DenseInitializer:
+  """Variance scaling (as jax.nn.initializers.variance_scaling) for kernels of any dimensions."""
+
+  def init_fn(
+    key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, in_axis: Any, out_axis: Any
+  ) -> jax.Array:
+    draw = jax.nn.initializers.variance_scaling(scale, mode, distribution, in_axis, out_axis)
+    return draw(key, shape, dtype)
+
+  return init_fn
 
 
 def param(rngs: nnx.Rngs, init: Initializer, dtype: jnp.dtype, /, **axes: int) -> nnx.Param:
@@ -43,7 +60,14 @@ def dot(equation: str, x: jax.Array, p: nnx.Param, compute: Compute) -> jax.Arra
   The one seam where a parameter is cast, gathered over the batch's mesh axes, and its gradient
   summed in float32 and scattered back. The gathered copy is never kept for the backward pass.
   """
-  return _dot(equation, p.get_metadata()["axes"], compute.matmul_precision, x, p[...])
+  return contract(equation, x, p[...], p.get_metadata()["axes"], compute)
+
+
+def contract(
+  equation: str, x: jax.Array, w: jax.Array, axes: tuple[str | None, ...], compute: Compute
+) -> jax.Array:
+  """As `dot`, with a part `w` of a parameter, whose dimensions have these logical axes."""
+  return _dot(equation, axes, compute.matmul_precision, x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -97,21 +121,27 @@ class Dense(nnx.Module):
   """A projection by an einsum such as 'btd,dhk->bthk', with an optional bias over the new
   dimensions.
 
-  `axes` name the kernel's dimensions in the equation's order, with their sizes. The kernel is drawn
-  from a truncated normal of variance 1 / fan-in.
+  `axes` name the kernel's dimensions in the equation's order, with their sizes. `init` draws the
+  kernel; by default from a truncated normal of variance 1 / fan-in.
   """
 
   def __init__(
-    self, rngs: nnx.Rngs, compute: Compute, equation: str, *, bias: bool = False, **axes: int
+    self,
+    rngs: nnx.Rngs,
+    compute: Compute,
+    equation: str,
+    *,
+    bias: bool = False,
+    init: DenseInitializer | None = None,
+    **axes: int,
   ):
     a, b, out = equation.replace("->", ",").split(",")
     contracted = [i for i, letter in enumerate(b) if letter in a]
     kept = [i for i in range(len(b)) if i not in contracted]
-    init = jax.nn.initializers.variance_scaling(
-      1.0, "fan_in", "truncated_normal", in_axis=contracted, out_axis=kept
-    )
+    init = init or nd_dense_init(1.0, "fan_in", "truncated_normal")
+    draw = functools.partial(init, in_axis=contracted, out_axis=kept)
     self.equation, self.compute = equation, compute
-    self.kernel = param(rngs, init, compute.weight_dtype, **axes)
+    self.kernel = param(rngs, draw, compute.weight_dtype, **axes)
     new = {name: size for i, (name, size) in enumerate(axes.items()) if i in kept}
     zeros = jax.nn.initializers.zeros
     self.bias = param(rngs, zeros, compute.weight_dtype, **new) if bias else None

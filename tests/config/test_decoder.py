@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from maxtext.config import documents
-from maxtext.specs import NormSpec
+from maxtext.specs import QkNormSpec
 
 OWN = """
 width: ${base_emb_dim}
@@ -45,7 +45,7 @@ def test_whole_cycles_of_the_pattern_are_one_stage_and_the_rest_is_a_last_one(lo
 def test_an_optional_part_may_depend_on_a_key(loaded):
   assert loaded().decoder(259).stages[0].blocks[0].attention.qk_norm is None
   attention = loaded("use_qk_norm=true").decoder(259).stages[0].blocks[0].attention
-  assert attention.qk_norm == NormSpec("rms", 1e-5)
+  assert attention.qk_norm == QkNormSpec("rms", 1e-5)
 
 
 def test_a_key_counts_as_used_where_the_block_file_names_it(loaded, refused):

@@ -15,7 +15,16 @@ from maxtext.layers.params import Compute
 from maxtext.layers.sections import Memory
 from maxtext.layers.stacking import SAVED
 from maxtext.masks import Mask
-from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, MlpSpec, NormSpec, RopeSpec, Stage
+from maxtext.specs import (
+  AttentionSpec,
+  BlockSpec,
+  DecoderSpec,
+  MlpSpec,
+  NormSpec,
+  QkNormSpec,
+  RopeSpec,
+  Stage,
+)
 
 LENGTH, VOCAB, WIDTH = 12, 64, 32
 MEMORY = Memory(scan_layers=True, remat_policy="none", num_vocab_tiling=1)
@@ -37,7 +46,7 @@ def ungated():
 
 def mixed():
   """Two kinds of blocks, in two stages."""
-  near, far = gated(window=3).stages[0].blocks[0], gated(qk_norm=NormSpec()).stages[0].blocks[0]
+  near, far = gated(window=3).stages[0].blocks[0], gated(qk_norm=QkNormSpec()).stages[0].blocks[0]
   return DecoderSpec(WIDTH, VOCAB, (Stage((near, far), 2), Stage((near,))), final_soft_cap=5.0)
 
 

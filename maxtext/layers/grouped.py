@@ -1,0 +1,255 @@
+"""Attention with grouped heads: project, normalise, rotate, attend, project back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from maxtext import kernels
+from maxtext.layers.norms import make_norm
+from maxtext.layers.params import Compute, Dense, DenseInitializer, param
+from maxtext.layers.rope import rotate
+from maxtext.masks import Mask
+from maxtext.sharding import constrain
+from maxtext.specs import AttentionSpec, TemperatureSpec
+
+C = TypeVar("C", bound="Cache")
+Axes = tuple[str | None, ...]
+
+
+class Cache(Protocol):
+  """What a layer needs of a cache: keep new keys and values, answer with all that are held."""
+
+  def at(self: C, layer: jax.Array | None) -> C:
+    """The same cache, open at one of the layers it holds; None: closed."""
+
+  def append(
+    self: C, k: jax.Array, v: jax.Array, mask: Mask
+  ) -> tuple[C, jax.Array, jax.Array, Mask]:
+    """k, v [b t g k] and their mask -> the cache, keys and values [b s g k], and the mask over [b t
+    s].
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+  """Logical axes of the activations that an attention layer makes; `input` may be left as it is."""
+
+  query: Axes = ("activation_batch", "activation_length", "activation_heads", "activation_kv")
+  key: Axes = ("activation_batch", "activation_length", "activation_kv_heads", "activation_kv")
+  value: Axes = ("activation_batch", "activation_length", "activation_kv_heads", "activation_kv")
+  out: Axes = ("activation_batch", "activation_length", "activation_heads", "activation_kv")
+  input: Axes | None = None
+
+
+PLAIN = Names()
+
+
+class GroupedAttention(nnx.Module):
+  """x [b t d] -> [b t d]: grouped-query attention of one layer, as its spec describes."""
+
+  def __init__(
+    self,
+    spec: AttentionSpec,
+    width: int,
+    compute: Compute,
+    rngs: nnx.Rngs,
+    init: DenseInitializer | None = None,
+    kv_width: int | None = None,
+  ):
+    """`init` draws the projections; `kv_width` is that of what keys and values are made from."""
+    self.spec, self.compute, self.init = spec, compute, init
+    inputs_q, inputs_kv = (0, 0, width), (0, 0, kv_width or width)
+    apart = not spec.fused
+    self.qkv_proj = None if apart else self.init_qkv_w(inputs_q, rngs)
+    self.query = self.init_query_w(inputs_q, rngs) if apart else None
+    self.key = self.init_kv_w(inputs_kv, rngs) if apart else None
+    own_values = apart and not spec.share_kv
+    self.value = self.init_kv_w(inputs_kv, rngs) if own_values else None
+    self.out = self.init_out_w(width, rngs)
+    together = lambda heads: spec.head_dim * (heads if spec.qk_norm.whole else 1)
+    norm = lambda heads: spec.qk_norm and make_norm(spec.qk_norm, together(heads), compute, rngs)
+    self.query_norm, self.key_norm = norm(spec.heads), norm(spec.kv_heads)
+    self.value_norm = spec.v_norm and make_norm(spec.v_norm, spec.head_dim, compute, rngs)
+    zeros = jax.nn.initializers.zeros
+    self.sinks = param(rngs, zeros, compute.weight_dtype, heads=spec.heads) if spec.sink else None
+
+  def init_query_w(self, inputs_q_shape: tuple[int, ...], rngs: nnx.Rngs) -> Dense:
+    """The projection [.. d] -> [.. h k] of inputs of this shape; with a gate, [.. h 2k]."""
+    spec = self.spec
+    heads = {"q_heads": spec.heads, "kv": spec.head_dim * (2 if spec.gate else 1)}
+    return self._dense(rngs, "btd,dhk->bthk", spec.bias, embed=inputs_q_shape[-1], **heads)
+
+  def query_projection(self, inputs_q: jax.Array) -> jax.Array:
+    """inputs [b t d] -> queries [b t h k], before norm and rotation; with a gate, [b t h 2k]."""
+    return self.query(inputs_q)
+
+  def init_kv_w(self, inputs_kv_shape: tuple[int, ...], rngs: nnx.Rngs) -> Dense:
+    """The projection [.. d] -> [.. g k] of inputs of this shape."""
+    spec = self.spec
+    heads = {"kv_heads": spec.kv_heads, "kv_head_dim": spec.head_dim}
+    return self._dense(rngs, "btd,dgk->btgk", spec.bias, embed=inputs_kv_shape[-1], **heads)
+
+  def kv_projection(self, inputs_kv: jax.Array, proj_name: str) -> jax.Array:
+    """inputs [b s d] -> 'key' or 'value' [b s g k], before norm and rotation."""
+    if proj_name not in ("key", "value"):
+      raise ValueError(f"proj_name must be 'key' or 'value', but got {proj_name}")
+    return (self.key if proj_name == "key" or self.spec.share_kv else self.value)(inputs_kv)
+
+  def init_qkv_w(self, inputs_shape: tuple[int, ...], rngs: nnx.Rngs) -> Dense:
+    """The projection [.. d] -> [.. g r k]: of each group its h / g queries, its key, its value.
+
+    Groups are what a mesh splits, so that the kernel means the same however they are split.
+    """
+    spec = self.spec
+    parts = {"kv_heads": spec.kv_heads, "qkv": spec.heads // spec.kv_heads + 2}
+    axes = {"embed": inputs_shape[-1], **parts, "kv": spec.head_dim}
+    return self._dense(rngs, "btd,dgrk->btgrk", spec.bias, **axes)
+
+  def qkv_projection(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """inputs [b t d] -> queries [b t h k], keys and values [b t g k], by one product."""
+    y = self.qkv_proj(inputs)
+    b, t, g, r, k = y.shape
+    return y[:, :, :, :-2].reshape(b, t, g * (r - 2), k), y[:, :, :, -2], y[:, :, :, -1]
+
+  @property
+  def out_head_dim(self) -> int:
+    """The channels of a head that the output projection takes in."""
+    return self.spec.head_dim
+
+  def init_out_w(self, output_dim: int, rngs: nnx.Rngs) -> Dense:
+    """The projection [.. h k] -> [.. output_dim]."""
+    spec = self.spec
+    bias = spec.bias if spec.out_bias is None else spec.out_bias
+    axes = {"heads": spec.heads, "kv": self.out_head_dim, "embed": output_dim}
+    return self._dense(rngs, "bthk,hkd->btd", bias, **axes)
+
+  def out_projection(self, out: jax.Array) -> jax.Array:
+    """[b t h k] -> [b t d]."""
+    return self.out(out)
+
+  def _dense(self, rngs: nnx.Rngs, equation: str, bias: bool, **axes: int) -> Dense:
+    return Dense(rngs, self.compute, equation, bias=bias, init=self.init, **axes)
+
+  def __call__(
+    self,
+    x: jax.Array,
+    mask: Mask,
+    cache: C | None = None,
+    seed: jax.Array | None = None,
+    kv: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    names: Names = PLAIN,
+  ) -> tuple[jax.Array, C | None]:
+    """With a cache, earlier keys and values come from it, and it comes back with the new ones.
+
+    `kv` [b s d] is what keys and values are made from (None: x), `positions` [b t] or [b t 3] what
+    the rotation is by (None: the mask's), `seed` uint32 [2] draws dropout.
+    """
+    names = self._placed(names)
+    if names.input is not None:
+      x, kv = (y if y is None else constrain(y, *names.input) for y in (x, kv))
+    q, k, v, gate = self._project(x, x if kv is None else kv)
+    q, k, v = self._prepare(q, k, v, mask, positions)
+    q = checkpoint_name(constrain(q, *names.query), "query_proj")
+    k = checkpoint_name(constrain(k, *names.key), "key_proj")
+    v = checkpoint_name(constrain(v, *names.value), "value_proj")
+    y, cache = self._attend(q, k, v, mask, cache, seed)
+    y = constrain(y, *names.out)  # tagged by the kernel, with what else its gradient needs
+    y = y if gate is None else y * jax.nn.sigmoid(gate)
+    return checkpoint_name(self.out_projection(y), "out_proj"), cache
+
+  def _placed(self, names: Names) -> Names:
+    """The axes of what this layer makes, where a caller asks for `names`."""
+    return names
+
+  def _project(
+    self, x: jax.Array, kv: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """x [b t d], kv [b s d] -> queries, keys, values, and the gate [b t h k] if there is one."""
+    if self.spec.fused:
+      return *self.qkv_projection(x), None
+    q, gate = self.query_projection(x), None
+    if self.spec.gate:
+      q, gate = jnp.split(q, 2, axis=-1)
+    k = self.kv_projection(kv, "key")
+    return q, k, k if self.spec.share_kv else self.kv_projection(kv, "value"), gate
+
+  def _prepare(
+    self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, positions: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same, normalised and rotated."""
+    spec, norm = self.spec, self.spec.qk_norm
+    if norm is not None and not norm.rotated:
+      q, k = self._norm(self.query_norm, q), self._norm(self.key_norm, k)
+    if spec.rope is not None:
+      q, k = self.rotate(q, mask.q_pos, positions), self.rotate(k, mask.kv_pos, positions)
+      if norm is not None and norm.rotated:
+        q, k = self._norm(self.query_norm, q), self._norm(self.key_norm, k)
+    if spec.temperature is not None:
+      q = _tempered(q, mask.q_pos, spec.temperature)
+    return q, k, v if self.value_norm is None else self.value_norm(v)
+
+  def rotate(
+    self, x: jax.Array, positions: jax.Array, several: jax.Array | None = None
+  ) -> jax.Array:
+    """Queries or keys [b t h k] at positions [b t], or where they have `several` [b t 3]."""
+    return rotate(x, positions if several is None else several, self.spec.rope)
+
+  def _norm(self, norm: nnx.Module, x: jax.Array) -> jax.Array:
+    """x [b t h k] normalised head by head, or over all heads at once."""
+    if not self.spec.qk_norm.whole:
+      return norm(x)
+    b, t, h, k = x.shape
+    return norm(x.reshape(b, t, h * k)).reshape(x.shape)
+
+  def _attend(
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    cache: C | None,
+    seed: jax.Array | None,
+  ) -> tuple[jax.Array, C | None]:
+    """Values [b t h k] of what the layer's queries see, new keys and values being kept first."""
+    spec, compute = self.spec, self.compute
+    if cache is not None:
+      cache, k, v, mask = cache.append(k, v, mask)
+    mask = mask.narrow(spec.window, spec.chunk, spec.block, spec.causal)
+    queries = q.shape[1]
+    if twice := compute.reshape_q and queries == 1:
+      q, mask = jnp.repeat(q, 2, axis=1), _twice(mask)
+    if compute.heads_first:
+      q, k, v = (_by_head(x) for x in (q, k, v))
+    scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+    scale = scale if spec.latent is None else scale * spec.latent.mscale**2
+    scores = kernels.Scores(scale, spec.soft_cap, compute.f32_scores, spec.dropout)
+    sink = None if self.sinks is None else self.sinks[...]
+    y = kernels.attend(compute.kernel, q, k, v, mask, scores, sink, seed)
+    return y[:, :queries] if twice else y, cache
+
+
+def _tempered(q: jax.Array, positions: jax.Array, spec: TemperatureSpec) -> jax.Array:
+  """q [b t h k] times what its position [b t] asks for; positions stay exact, in float32."""
+  steps = jnp.floor((positions.astype(jnp.float32) + 1) / spec.floor_scale)
+  factor = 1 + spec.scale * jnp.log1p(steps)
+  return (q.astype(jnp.float32) * factor[:, :, None, None]).astype(q.dtype)
+
+
+def _twice(mask: Mask) -> Mask:
+  """The mask of each query and a copy of it."""
+  copy = lambda x: None if x is None else jnp.repeat(x, 2, axis=1)
+  return dataclasses.replace(
+    mask, q_pos=copy(mask.q_pos), q_seg=copy(mask.q_seg), q_span=copy(mask.q_span)
+  )
+
+
+def _by_head(x: jax.Array) -> jax.Array:
+  """x [b t h k] as it is, kept in memory as [b h t k]."""
+  return jnp.einsum("bhtk->bthk", jax.lax.optimization_barrier(jnp.einsum("bthk->bhtk", x)))
