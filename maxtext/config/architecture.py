@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any, Literal
 
 from maxtext.bounds import Count, Fraction, Positive
 from maxtext.specs import Activation
+
+# What a rope_type brings where the keys are null: rope_factor, original_max_position_embeddings.
+ROPE_TYPES = {"default": (1.0, 1), "llama3.1": (8.0, 8192), "yarn": (40.0, 4096)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,16 @@ class Architecture:
   rope_min_timescale: Positive
   rope_max_timescale: Positive
   rope_linear_scaling_factor: Positive
+  rope_type: Literal["default", "llama3.1", "yarn"]
+  rope_use_scale: bool
+  rope_factor: Positive | None
+  original_max_position_embeddings: Count | None
+  beta_fast: Positive
+  beta_slow: Positive
+  rope_truncate: bool
+  rope_attention_scaling: bool
+  rope_interleave: bool | None
+  partial_rotary_factor: Fraction
 
   def complaints(self) -> Iterator[tuple[str, ...]]:
     scale, heads, kv_heads = (
@@ -70,6 +84,12 @@ class Architecture:
         f"{self.rope_max_timescale:g} must be above rope_min_timescale={self.rope_min_timescale:g}",
         "rope_min_timescale",
       )
+    if self.rope_type == "yarn" and self.beta_slow >= self.beta_fast:
+      yield (
+        "beta_slow",
+        f"beta_fast={self.beta_fast:g} must be above beta_slow={self.beta_slow:g}",
+        "beta_fast",
+      )
     yield from self._activation_complaints()
 
   def _activation_complaints(self) -> Iterator[tuple[str, ...]]:
@@ -96,6 +116,16 @@ class Architecture:
       "base_mlp_dim": self.base_mlp_dim * heads,
       "base_num_decoder_layers": self.base_num_decoder_layers * deep,
       "head_dim": self.head_dim or self.base_emb_dim // self.base_num_query_heads,
+    }
+
+  def rotary(self) -> dict[str, Any]:
+    """The rope keys that may be null, as `rope_type` has them there."""
+    factor, length = ROPE_TYPES[self.rope_type]
+    interleave = self.rope_interleave
+    return {
+      "rope_factor": self.rope_factor or factor,
+      "original_max_position_embeddings": self.original_max_position_embeddings or length,
+      "rope_interleave": self.rope_type == "yarn" if interleave is None else interleave,
     }
 
 

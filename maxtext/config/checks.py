@@ -17,7 +17,7 @@ from maxtext.bounds import LARGEST
 from maxtext.config.complaints import Complaint
 from maxtext.config.config import Config
 from maxtext.config.documents import shown as place
-from maxtext.config.sections import SECTION_OF, Sections
+from maxtext.config.sections import SECTION_OF
 from maxtext.config.sources import ENVIRONMENT
 from maxtext.config.values import brief, shown
 from maxtext.errors import closest
@@ -47,7 +47,7 @@ class Need:
   keys: tuple[str, ...]
   words: str
   decider: str
-  holds: Callable[[Sections], bool]
+  holds: Callable[[Config], bool]
 
 
 NEEDS = (
@@ -123,6 +123,30 @@ NEEDS = (
     "enable_checkpointing",
     lambda c: c.checkpoint.enable_checkpointing,
   ),
+  Need(
+    ("rope_use_scale",),
+    "rope_type=llama3.1",
+    "rope_type",
+    lambda c: _rope_type(c) in ("llama3.1", None),
+  ),
+  Need(
+    ("rope_factor", "original_max_position_embeddings"),
+    "rope_type=llama3.1 or yarn",
+    "rope_type",
+    lambda c: _rope_type(c) != "default",
+  ),
+  Need(
+    ("rope_factor", "original_max_position_embeddings"),
+    "rope_use_scale=true",
+    "rope_use_scale",
+    lambda c: _rope_type(c) != "llama3.1" or c.architecture.rope_use_scale,
+  ),
+  Need(
+    ("beta_fast", "beta_slow", "rope_truncate", "rope_attention_scaling"),
+    "rope_type=yarn",
+    "rope_type",
+    lambda c: _rope_type(c) in ("yarn", None),
+  ),
 )
 
 
@@ -164,6 +188,11 @@ def _unused(config: Config) -> Iterator[Problem]:
         if not _rests(config, key, need.decider):
           problem = f"has an effect only with {need.words}; set that, or leave {key} away"
           yield key, problem, need.decider
+
+
+def _rope_type(config: Config) -> str | None:
+  """None where the decoder block does not use it, which is complained of by itself."""
+  return config.architecture.rope_type if "rope_type" in config.block.uses else None
 
 
 def _rests(config: Config, key: str, decider: str) -> bool:

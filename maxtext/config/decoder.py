@@ -3,7 +3,8 @@
 A block file gives the fields of DecoderSpec; under `blocks` named blocks, of which a later one may
 say `like` an earlier one and only what differs; and the `pattern` of their names, which is cycled
 over the layers. `${key}` stands for an architecture key's value, after scaling. An optional part
-with `if: false` is absent.
+with `if: false` is absent. What has a `case` is the entry that the case names, and a part of which
+there are several kinds is of the `kind` it says.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def stages(pattern: list[BlockSpec | None], layers: int) -> tuple[Stage, ...]:
 def _values(sizes: Architecture) -> dict[str, Any]:
   hidden = ELSEWHERE - {"base_num_decoder_layers"}
   values = {f.name: getattr(sizes, f.name) for f in dataclasses.fields(sizes)}
-  return {key: value for key, value in (values | sizes.sizes()).items() if key not in hidden}
+  values |= sizes.sizes() | sizes.rotary()
+  return {key: value for key, value in values.items() if key not in hidden}
 
 
 def _texts(node: Node) -> Iterator[str]:
@@ -182,16 +184,19 @@ class _Reading:
     try:
       return cls(**values)
     except ConfigError as e:
-      self._add(node.value.get(e.where, node), prefix + e.where, e.problem)
+      self._add(_at(node, e.where), prefix + e.where, e.problem)
       return None
 
   def _value(self, hint: Any, node: Node, path: str) -> Any:
-    optional = get_origin(hint) in (typing.Union, types.UnionType)
-    inner = next(a for a in get_args(hint) if a is not type(None)) if optional else hint
     if isinstance(node.value, str) and REFERENCE.search(node.value):  # `fill` has said why
       self.wrong += 1
       return None
-    if not dataclasses.is_dataclass(inner):
+    if "case" in node.entries:
+      chosen = self._case(node, path)
+      return None if chosen is None else self._value(hint, chosen, path)
+    optional = get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = [a for a in get_args(hint) if a is not type(None)] if optional else [hint]
+    if not dataclasses.is_dataclass(kinds[0]):
       try:
         return coerce(hint, node)
       except Unfit as e:
@@ -199,12 +204,41 @@ class _Reading:
         return None
     if optional and node.null:
       return None
-    if optional and isinstance(node.value, dict) and "if" in node.value:
-      entries = dict(node.value)
+    if optional and "if" in node.entries:
+      entries = dict(node.entries)
       if self._value(bool, entries.pop("if"), f"{path}.if") is False:
         return None
       node = dataclasses.replace(node, value=entries)
-    return self.build(typing.cast(type, inner), node, path)
+    cls = kinds[0] if len(kinds) == 1 else self._kind(kinds, node, path)
+    return None if cls is None else self.build(typing.cast(type, cls), node, path)
+
+  def _case(self, node: Node, path: str) -> Node | None:
+    """The entry that `case` names."""
+    entries = dict(node.entries)
+    case = entries.pop("case")
+    if isinstance(case.value, str) and case.value in entries:
+      return entries[case.value]
+    if isinstance(case.value, str) and REFERENCE.search(case.value):
+      self.wrong += 1
+    else:
+      offer = closest(str(case.value), entries) or f"; there are {brief(', '.join(entries))}"
+      self._add(case, path, f"{_named(case)}: no such case{offer}")
+    return None
+
+  def _kind(self, kinds: list[type], node: Node, path: str) -> type | None:
+    """The class of which a mapping says to be."""
+    known = {get_args(get_type_hints(cls)["kind"])[0]: cls for cls in kinds}
+    kind = node.entries.get("kind")
+    if not isinstance(node.value, dict):
+      self._add(node, path, f"is {node.kind}; write a mapping of its parts")
+    elif kind is None:
+      self._add(node, f"{path}.kind", f"is missing; write one of {', '.join(known)}")
+    elif not isinstance(kind.value, str) or kind.value not in known:
+      offer = closest(str(kind.value), known) or f"; there are {', '.join(known)}"
+      self._add(kind, f"{path}.kind", f"{_named(kind)}: no such kind{offer}")
+    else:
+      return known[kind.value]
+    return None
 
   def _add(self, node: Node, path: str, problem: str) -> None:
     self.wrong += 1
@@ -216,6 +250,17 @@ def _filled(value: Any, line: int, origin: str) -> Node:
     return Node([_filled(item, line, origin) for item in value], line, origin=origin)
   text = value if isinstance(value, str) else render(value)
   return Node(text, line, quoted=isinstance(value, str), origin=origin)
+
+
+def _named(node: Node) -> str:
+  return shown(node.value) if isinstance(node.value, str) else node.kind
+
+
+def _at(node: Node, where: str) -> Node:
+  """The node at a dotted path below `node`, or as far along it as there is one."""
+  for name in where.split("."):
+    node = node.entries.get(name, node)
+  return node
 
 
 def _merged(base: Node, over: Node) -> Node:

@@ -162,6 +162,27 @@ COMMAND_LINES = [
   ("global_parameter_scale=3", "global_parameter_scale: 3 is not a power of two; use 2 or 4"),
   ("rope_max_timescale=0.5", "rope_max_timescale: 0.5 must be above rope_min_timescale=1"),
   (
+    "partial_rotary_factor=0.3",
+    "partial_rotary_factor: 0.3 of 32 channels is 9, and rotary positions turn pairs; use",
+  ),
+  ("partial_rotary_factor=0", "partial_rotary_factor: 0 is not above 0"),
+  ("rope_type=llama3", "rope_type: 'llama3' is not known, did you mean 'llama3.1'?"),
+  ("rope_type=yarn rope_factor=0.5", "rope_factor: 0.5 is not at least 1"),
+  ("rope_type=yarn beta_slow=50", "beta_slow: beta_fast=32 must be above beta_slow=50"),
+  ("rope_type=yarn beta_fast=0", "beta_fast: 0.0 is out of range; use above 0"),
+  (
+    "rope_type=yarn rope_linear_scaling_factor=2",
+    "rope_linear_scaling_factor: 2 and a scaling both stretch positions; leave one away",
+  ),
+  ("rope_factor=8", "rope_factor: has an effect only with rope_type=llama3.1 or yarn; set that"),
+  (
+    "rope_type=llama3.1 rope_use_scale=false rope_factor=8",
+    "rope_factor: has an effect only with rope_use_scale=true",
+  ),
+  ("rope_type=llama3.1 beta_fast=8", "beta_fast: has an effect only with rope_type=yarn"),
+  ("rope_use_scale=false", "rope_use_scale: has an effect only with rope_type=llama3.1"),
+  ("decoder_block=gpt3 rope_factor=8", "rope_factor: decoder block 'gpt3' does not use it"),
+  (
     "vocab_size=100",
     "vocab_size: 100 rows are fewer than the tokenizer's 259 tokens; use at least 259",
   ),
@@ -475,6 +496,36 @@ BLOCKS = [
     "own.yml  pattern: is missing; write the blocks' names in order",
   ),
   (WORKING_BLOCK + "depth: 3\n", "own.yml:6  depth: no such part"),
+  (
+    WORKING_BLOCK.replace("head_dim: 16", "head_dim: 16, rope: {scaling: {factor: 8}}"),
+    "own.yml:4  blocks.layer.attention.rope.scaling.kind: is missing; write one of wavelength,",
+  ),
+  (
+    WORKING_BLOCK.replace("head_dim: 16", "head_dim: 16, rope: {scaling: {kind: yran}}"),
+    "rope.scaling.kind: 'yran': no such kind, did you mean 'yarn'?",
+  ),
+  (
+    WORKING_BLOCK.replace("head_dim: 16", "head_dim: 16, rope: {scaling: {kind: yarn, low: 1}}"),
+    "rope.scaling.low: no such part",
+  ),
+  (
+    WORKING_BLOCK.replace("head_dim: 16", "head_dim: 16, rope: {scaling: 8}"),
+    "rope.scaling: is text; write a mapping of its parts",
+  ),
+  (
+    WORKING_BLOCK.replace(
+      "head_dim: 16", "head_dim: 16, rope: {scaling: {case: yarn, yran: null, default: null}}"
+    ),
+    "rope.scaling: 'yarn': no such case, did you mean 'yran'?",
+  ),
+  (
+    WORKING_BLOCK.replace("head_dim: 16", "head_dim: 16, rope: {scaling: {case: '${rope_typ}'}}"),
+    "own.yml:4  ${rope_typ}: no such architecture key, did you mean 'rope_type'?",
+  ),
+  (
+    WORKING_BLOCK.replace("head_dim: 16", "head_dim: 16, rope: {sections: {sizes: [2, 2, 2]}}"),
+    "own.yml:4  blocks.layer.attention.rope.sections: [2, 2, 2] are 6 pairs, but 16 channels turn;",
+  ),
   ("width: 64\n", "blocks: is missing; name each block"),
   ("width: 64\nblocks: 3\n", "blocks: is missing; name each block"),
   ("width: 64\nblocks: {layer: 3}\n", "own.yml:2  blocks.layer: is text; write a mapping"),

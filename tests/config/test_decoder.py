@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from maxtext.config import documents
-from maxtext.specs import QkNormSpec
+from maxtext.specs import QkNormSpec, RopeSpec, WavelengthScaling, YarnScaling
 
 OWN = """
 width: ${base_emb_dim}
@@ -46,6 +46,54 @@ def test_an_optional_part_may_depend_on_a_key(loaded):
   assert loaded().decoder(259).stages[0].blocks[0].attention.qk_norm is None
   attention = loaded("use_qk_norm=true").decoder(259).stages[0].blocks[0].attention
   assert attention.qk_norm == QkNormSpec("rms", 1e-5)
+
+
+def test_what_has_a_case_is_the_entry_that_a_key_names(loaded):
+  own = OWN.replace(
+    "{max_timescale: 1000}",
+    """
+        max_timescale: {case: "${rope_type}", default: 1000, yarn: 2000}
+        scaling:
+          case: ${rope_type}
+          default: null
+          yarn: {kind: yarn, factor: 2, original_length: 64, attention_factor: null}""",
+  ).replace(", rope: {factor: 8}", "")
+
+  def rope(*argv):
+    spec = loaded("decoder_block=own.yml", *argv, files={"own.yml": own}).decoder(259)
+    return spec.stages[0].blocks[0].attention.rope
+
+  assert (rope().max_timescale, rope().scaling) == (1000, None)
+  assert rope("rope_type=yarn").max_timescale == 2000
+  assert rope("rope_type=yarn").scaling == YarnScaling(factor=2, original_length=64)
+
+
+def test_rope_type_names_the_scaling_of_rotary_positions(loaded):
+  def rope(*argv):
+    return loaded(*argv).decoder(259).stages[0].blocks[0].attention.rope
+
+  assert rope() == RopeSpec()
+  assert rope("rope_type=llama3.1").scaling == WavelengthScaling(factor=8, original_length=8192)
+  assert rope("rope_type=llama3.1", "rope_use_scale=false") == RopeSpec()
+  assert rope("rope_type=llama3.1", "rope_factor=32", "rope_interleave=true") == RopeSpec(
+    interleave=True, scaling=WavelengthScaling(factor=32, original_length=8192)
+  )
+  yarn = YarnScaling(factor=40, original_length=4096, attention_factor=1.0)
+  assert rope("rope_type=yarn") == RopeSpec(interleave=True, scaling=yarn)
+  assert rope(
+    "rope_type=yarn",
+    "rope_factor=4",
+    "original_max_position_embeddings=256",
+    "beta_fast=16",
+    "beta_slow=2",
+    "rope_truncate=false",
+    "rope_attention_scaling=true",
+    "rope_interleave=false",
+    "partial_rotary_factor=0.5",
+  ) == RopeSpec(
+    fraction=0.5,
+    scaling=YarnScaling(factor=4, original_length=256, beta_fast=16, beta_slow=2, truncate=False),
+  )
 
 
 def test_a_key_counts_as_used_where_the_block_file_names_it(loaded, refused):
