@@ -433,3 +433,22 @@ class DecoderSpec:
   def depth(self) -> int:
     """The number of blocks."""
     return sum(len(stage.blocks) * stage.repeat for stage in self.stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheQuantSpec:
+  """In how many bits a cache keeps keys and values, and which numbers share a scale.
+
+  'dkv': the head_dim numbers of a token's head; 'heads_and_dkv': those of all its heads.
+  """
+
+  format: Literal["int8", "int4", "fp8"] = "int8"
+  axis: Literal["dkv", "heads_and_dkv"] = "heads_and_dkv"
+
+  def __post_init__(self):
+    for key, value, known in (
+      ("kv_quant_dtype", self.format, ("int8", "int4", "fp8")),
+      ("kv_quant_axis", self.axis, ("dkv", "heads_and_dkv")),
+    ):
+      if value not in known:
+        raise ConfigError(key, f"{value!r} is none of {', '.join(known)}")

@@ -20,6 +20,7 @@ LEVELS = (  # a module imports from levels above its own in this list, and from 
   ("specs", "masks", "mesh"),
   ("sharding",),
   ("kernels",),
+  ("caches",),
   ("layers",),
   ("objectives", "data", "checkpoints", "quantize", "lora"),
   ("training", "serve"),

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 
 from maxtext.errors import ConfigError, closest
+from maxtext.kernels.held import Held, dense
 from maxtext.log import log
 from maxtext.masks import Mask
 from maxtext.sharding import platform
@@ -54,14 +55,22 @@ class Kernel(Protocol):
 Unfit = Callable[..., str | None]
 
 _kernels: dict[str, tuple[Kernel, Unfit]] = {}
+_reads_held: set[str] = set()  # kernels that take keys and values as a cache holds them
 _announced: set[str] = set()
 
 
-def register(name: str, unfit: Unfit = lambda *_: None) -> Callable[[Kernel], Kernel]:
-  """Register a kernel; `unfit` of the same arguments says why it cannot serve, or None."""
+def register(
+  name: str, unfit: Unfit = lambda *_: None, reads_held: bool = False
+) -> Callable[[Kernel], Kernel]:
+  """Register a kernel; `unfit` of the same arguments says why it cannot serve, or None.
+
+  One that `reads_held` is given keys and values of a cache as Held, not gathered from it.
+  """
 
   def add(kernel: Kernel) -> Kernel:
     _kernels[name] = (kernel, unfit)
+    if reads_held:
+      _reads_held.add(name)
     return kernel
 
   return add
@@ -70,8 +79,8 @@ def register(name: str, unfit: Unfit = lambda *_: None) -> Callable[[Kernel], Ke
 def attend(
   name: str,
   q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
+  k: jax.Array | Held,
+  v: jax.Array | Held,
   mask: Mask,
   scores: Scores,
   sink: jax.Array | None = None,
@@ -81,7 +90,9 @@ def attend(
 
   Raises ConfigError when there is no such kernel, or with the kernel's words why it cannot serve.
   """
-  case = (q, k, v, mask.marked(), scores, sink, seed if scores.dropout else None)
+  if name not in _reads_held:
+    k, v = dense(k), dense(v)
+  case: Any = (q, k, v, mask.marked(), scores, sink, seed if scores.dropout else None)
   if name == "autoselected":
     name = _choose(*case)
   if name not in _kernels:
@@ -114,4 +125,4 @@ def _choose(q: jax.Array, k: jax.Array, *rest: Any) -> str:
 LONG = {"cpu": 128 * 128, "elsewhere": 1024 * 1024}
 FEW = 32
 
-from maxtext.kernels import blockwise, dot_product  # noqa: E402, F401  (they register themselves)
+from maxtext.kernels import blockwise, dot_product, ragged  # noqa: E402, F401  (they register themselves)

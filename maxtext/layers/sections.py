@@ -41,4 +41,4 @@ class Memory:
 class Kernel:
   """Stands here, and not in kernels/, because importing that package imports jax."""
 
-  attention: Literal["autoselected", "dot_product", "blockwise"]
+  attention: Literal["autoselected", "dot_product", "blockwise", "ragged"]

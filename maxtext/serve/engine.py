@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxtext import sharding
+from maxtext.caches import Caches, Storage, empty, filled, placed
 from maxtext.errors import ConfigError
 from maxtext.layers.decoder import Decoder
 from maxtext.layers.merging import Params, Plan
 from maxtext.masks import Mask
-from maxtext.serve.caches import Caches, empty, filled, placed
 from maxtext.serve.sample import Sampler
-from maxtext.specs import DecoderSpec
+from maxtext.specs import CacheQuantSpec, DecoderSpec
 
 Hear = Callable[[int, int], None]
 Columns = dict[str, Any]  # tokens [b t], lengths [b], rows [b]: arrays or their shapes
@@ -50,9 +50,17 @@ class Sizes:
 class Engine:
   """Continues prompts of token ids, on whatever mesh the program has."""
 
-  def __init__(self, parts: Parts, sampler: Sampler, eos: int | None = None):
-    """A row ends with `eos`, which is not part of it (None: never before its length)."""
-    self.parts, self.sampler, self.eos = parts, sampler, eos
+  def __init__(
+    self,
+    parts: Parts,
+    sampler: Sampler,
+    eos: int | None = None,
+    quant: CacheQuantSpec | None = None,
+  ):
+    """A row ends with `eos`, which is not part of it (None: never before its length); `quant`: in
+    how many bits keys and values are kept.
+    """
+    self.parts, self.sampler, self.eos, self.quant = parts, sampler, eos, quant
     self._compiled: dict[Sizes, tuple[Callable, ...]] = {}
 
   def generate(
@@ -167,7 +175,8 @@ class Engine:
       rows, length = batch["tokens"].shape
       positions = jnp.arange(length) - (length - batch["lengths"][:, None])
       mask = Mask.of(jnp.maximum(positions, 0), (positions >= 0).astype(jnp.int32))
-      caches = empty(self.parts.spec, rows, slots, model.compute.dtype)
+      storage = Storage(model.compute.dtype, self.quant)
+      caches = empty(self.parts.spec, rows, slots, storage)
       x, caches = model.hidden(batch["tokens"], mask, caches)
       return filled(caches), *self._choose(model, x[:, -1:], batch["rows"], batch["lengths"])
 

@@ -18,7 +18,8 @@ class Writer:
   def __init__(self, parts: Parts, tokenizer: Tokenizer, section: Decode, bos: bool):
     """With `bos`, a text begins with the token that began the documents in training."""
     self.tokenizer = tokenizer
-    self.engine = Engine(parts, Sampler.of(section, tokenizer), tokenizer.eos)
+    sampler = Sampler.of(section, tokenizer)
+    self.engine = Engine(parts, sampler, tokenizer.eos, section.cache_quant)
     self._head = [tokenizer.bos] if bos and tokenizer.bos is not None else []
 
   def encode(self, text: str) -> list[int]:

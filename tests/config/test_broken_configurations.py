@@ -105,7 +105,10 @@ COMMAND_LINES = [
     "attention: 'blokwise' is not known, did you mean 'blockwise'?",
     "dot_product",
   ),
-  ("attention=flash", "attention: 'flash' is not known (autoselected, dot_product, blockwise)"),
+  (
+    "attention=flash",
+    "attention: 'flash' is not known (autoselected, dot_product, blockwise, ragged)",
+  ),
   ("dtype=fp32", "dtype: 'fp32' is not known", "(float32, bfloat16)"),
   ("opt_type=adam", "opt_type: 'adam' is not known, did you mean 'adamw'? (adamw, sgd)"),
   ("lr_schedule_type=cosin", "did you mean 'cosine'?"),

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from maxtext import sharding
+from maxtext.caches import RingCache, Storage, empty, filled
 from maxtext.masks import Mask
-from maxtext.serve.caches import RingCache, empty, filled
 
 LENGTH, SLOTS = 20, 24
 MESHES = (
@@ -26,7 +26,7 @@ def in_parts(model, parts, ids, positions, segments):
     with sharding.use(model.layout):
       decoder = model.plan.merge(params)
       if caches is None:
-        caches = empty(model.spec, len(ids), SLOTS, decoder.compute.dtype)
+        caches = empty(model.spec, len(ids), SLOTS, Storage(decoder.compute.dtype))
       x, caches = decoder.hidden(ids, Mask.of(positions, segments), caches)
       return decoder.logits(x), filled(caches)
 
@@ -87,8 +87,11 @@ def test_documents_packed_in_one_row_do_not_see_each_other(model, spec):
 
 
 def test_a_layer_with_a_window_keeps_no_more_than_the_window(model):
-  caches = jax.eval_shape(functools.partial(empty, model("mixed").spec, 2, SLOTS, np.float32))
+  caches = jax.eval_shape(
+    functools.partial(empty, model("mixed").spec, 2, SLOTS, Storage(np.float32))
+  )
   (near, far), (near_alone,) = caches
   assert [type(c) is RingCache for c in (near, far, near_alone)] == [True, False, True]
-  assert near.keys.shape == (2, 2, 3, 2, 8) and far.keys.shape == (2, 2, SLOTS, 2, 8)
-  assert near_alone.keys.shape == (1, 2, 5, 2, 8)
+  assert near.store.keys.shape == (2, 2, 3, 2, 8)
+  assert far.store.keys.shape == (2, 2, SLOTS, 2, 8)
+  assert near_alone.store.keys.shape == (1, 2, 5, 2, 8)

@@ -1,0 +1,65 @@
+"""The caches of a whole decoder: one for each block of each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from maxtext.caches.prompt import bounded
+from maxtext.caches.slabs import Slab, Storage
+from maxtext.caches.store import Size
+from maxtext.sharding import Layout
+from maxtext.specs import AttentionSpec, DecoderSpec
+
+Caches = tuple[tuple[Any, ...], ...]  # per stage, per block
+Make = Callable[[Size, int, int, Storage, int | None], Any]
+
+
+def empty(
+  spec: DecoderSpec, rows: int, slots: int, storage: Storage, make: Make = bounded
+) -> Caches:
+  """Fresh caches of a decoder: `rows` of `slots` tokens, fewer where a layer sees less far back.
+
+  `make(size, rows, slots, storage, reach)` gives that of one block.
+  """
+
+  def one(attention: AttentionSpec, layers: int) -> Any:
+    return make(kept(attention, layers), rows, slots, storage, reach(attention))
+
+  return tuple(
+    tuple(one(block.attention, stage.repeat) for block in stage.blocks) for stage in spec.stages
+  )
+
+
+def kept(spec: AttentionSpec, layers: int) -> Size:
+  """What a cache keeps of so many layers."""
+  each = (spec.kv_heads, spec.head_dim)
+  return Size(layers, each, each)
+
+
+def reach(spec: AttentionSpec) -> int | None:
+  """How many tokens back the layer sees, the query itself included; None: all."""
+  return spec.window
+
+
+def filled(caches: Caches) -> Caches:
+  """The caches after the first tokens: what follows sees them."""
+  return tuple(tuple(cache.filled() for cache in stage) for stage in caches)
+
+
+def placed(caches: Caches, layout: Layout) -> Caches:
+  """The shapes of caches, with where they stand."""
+
+  def place(path: Any, x: Any) -> Any:
+    if isinstance(x, Slab):
+      return x.places(layout)
+    where = layout.sharding(_AXES[path[-1].name][: x.ndim], x.shape, "a cache")
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+  leaf = lambda x: isinstance(x, Slab)
+  return jax.tree_util.tree_map_with_path(place, caches, is_leaf=leaf)
+
+
+_AXES = {"written": ("layers", "activation_batch"), "table": ("activation_batch", None)}
