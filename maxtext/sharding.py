@@ -128,6 +128,11 @@ def use(layout: Layout | None) -> Iterator[None]:
     _active.reset(token)
 
 
+def active() -> Layout | None:
+  """The layout in use."""
+  return _active.get()
+
+
 def platform() -> str:
   """The kind of device that is traced for: that of the layout in use, or else JAX's default."""
   layout = _active.get()

@@ -98,6 +98,14 @@ class LongScaling:
 Scaling = WavelengthScaling | YarnScaling | NtkScaling | LongScaling
 
 
+# The published names of rotary kinds: the scaling, its factor and its original length by default.
+ROPE_TYPES: dict[str, tuple[type | None, float, int]] = {
+  "default": (None, 1.0, 1),
+  "llama3.1": (WavelengthScaling, 8.0, 8192),
+  "yarn": (YarnScaling, 40.0, 4096),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class SectionsSpec:
   """Positions on three axes (time, height, width): `sizes` pairs turn by each of them.
@@ -289,13 +297,14 @@ class AttentionSpec:
   to the end of its `block` of positions, or with causal=False the future too. `share_kv` uses the
   keys, before norm and rotation, as values; `gate` multiplies the output by a sigmoid of a second
   query projection; `sink` is a learned score per head that has no value; `fused` keeps queries,
-  keys and values in one kernel.
+  keys and values in one kernel. Patches of an image are rotated by their place in a `grid`.
   """
 
   heads: int
   kv_heads: int
   head_dim: int
   rope: RopeSpec | None = RopeSpec()
+  grid: GridRopeSpec | None = None
   window: int | None = None
   chunk: int | None = None
   block: int | None = None
@@ -342,6 +351,8 @@ class AttentionSpec:
       raise ConfigError("block", "means nothing to a layer that sees the future; leave out causal")
     if self.fused and (self.share_kv or self.gate):
       raise ConfigError("fused", "has no place for share_kv or gate; leave it out")
+    if self.grid is not None and self.rope is not None:
+      raise ConfigError("grid", "and rope both rotate queries and keys; set rope: null")
     if self.temperature is not None and self.rope is not None:
       raise ConfigError("temperature", "is for layers without rotary positions; set rope: null")
     if self.latent is not None:

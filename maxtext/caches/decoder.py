@@ -35,13 +35,17 @@ def empty(
 
 def kept(spec: AttentionSpec, layers: int) -> Size:
   """What a cache keeps of so many layers."""
-  each = (spec.kv_heads, spec.head_dim)
-  return Size(layers, each, each)
+  if (low := spec.latent) is None:
+    each = (spec.kv_heads, spec.head_dim)
+    return Size(layers, each, each)
+  if low.expanded_cache:
+    return Size(layers, (spec.heads, spec.head_dim), (spec.heads, low.value_dim))
+  return Size(layers, (1, low.kv_rank), (1, low.rope_dim))
 
 
 def reach(spec: AttentionSpec) -> int | None:
   """How many tokens back the layer sees, the query itself included; None: all."""
-  return spec.window
+  return min((n for n in (spec.window, spec.chunk) if n is not None), default=None)
 
 
 def filled(caches: Caches) -> Caches:

@@ -7,10 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from maxtext.bounds import Count, Fraction, Positive
-from maxtext.specs import Activation
-
-# What a rope_type brings where the keys are null: rope_factor, original_max_position_embeddings.
-ROPE_TYPES = {"default": (1.0, 1), "llama3.1": (8.0, 8192), "yarn": (40.0, 4096)}
+from maxtext.specs import ROPE_TYPES, Activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +117,7 @@ class Architecture:
 
   def rotary(self) -> dict[str, Any]:
     """The rope keys that may be null, as `rope_type` has them there."""
-    factor, length = ROPE_TYPES[self.rope_type]
+    _, factor, length = ROPE_TYPES[self.rope_type]
     interleave = self.rope_interleave
     return {
       "rope_factor": self.rope_factor or factor,

@@ -11,9 +11,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxtext import kernels
+from maxtext.kernels.held import dense
 from maxtext.layers.norms import make_norm
 from maxtext.layers.params import Compute, Dense, DenseInitializer, param
-from maxtext.layers.rope import rotate
+from maxtext.layers.rope import rotate, rotate_grid
 from maxtext.masks import Mask
 from maxtext.sharding import constrain
 from maxtext.specs import AttentionSpec, TemperatureSpec
@@ -79,7 +80,7 @@ class GroupedAttention(nnx.Module):
     zeros = jax.nn.initializers.zeros
     self.sinks = param(rngs, zeros, compute.weight_dtype, heads=spec.heads) if spec.sink else None
 
-  def init_query_w(self, inputs_q_shape: tuple[int, ...], rngs: nnx.Rngs) -> Dense:
+  def init_query_w(self, inputs_q_shape: tuple[int, ...], rngs: nnx.Rngs | None = None) -> Dense:
     """The projection [.. d] -> [.. h k] of inputs of this shape; with a gate, [.. h 2k]."""
     spec = self.spec
     heads = {"q_heads": spec.heads, "kv": spec.head_dim * (2 if spec.gate else 1)}
@@ -89,7 +90,7 @@ class GroupedAttention(nnx.Module):
     """inputs [b t d] -> queries [b t h k], before norm and rotation; with a gate, [b t h 2k]."""
     return self.query(inputs_q)
 
-  def init_kv_w(self, inputs_kv_shape: tuple[int, ...], rngs: nnx.Rngs) -> Dense:
+  def init_kv_w(self, inputs_kv_shape: tuple[int, ...], rngs: nnx.Rngs | None = None) -> Dense:
     """The projection [.. d] -> [.. g k] of inputs of this shape."""
     spec = self.spec
     heads = {"kv_heads": spec.kv_heads, "kv_head_dim": spec.head_dim}
@@ -101,7 +102,7 @@ class GroupedAttention(nnx.Module):
       raise ValueError(f"proj_name must be 'key' or 'value', but got {proj_name}")
     return (self.key if proj_name == "key" or self.spec.share_kv else self.value)(inputs_kv)
 
-  def init_qkv_w(self, inputs_shape: tuple[int, ...], rngs: nnx.Rngs) -> Dense:
+  def init_qkv_w(self, inputs_shape: tuple[int, ...], rngs: nnx.Rngs | None = None) -> Dense:
     """The projection [.. d] -> [.. g r k]: of each group its h / g queries, its key, its value.
 
     Groups are what a mesh splits, so that the kernel means the same however they are split.
@@ -122,7 +123,7 @@ class GroupedAttention(nnx.Module):
     """The channels of a head that the output projection takes in."""
     return self.spec.head_dim
 
-  def init_out_w(self, output_dim: int, rngs: nnx.Rngs) -> Dense:
+  def init_out_w(self, output_dim: int, rngs: nnx.Rngs | None = None) -> Dense:
     """The projection [.. h k] -> [.. output_dim]."""
     spec = self.spec
     bias = spec.bias if spec.out_bias is None else spec.out_bias
@@ -133,8 +134,8 @@ class GroupedAttention(nnx.Module):
     """[b t h k] -> [b t d]."""
     return self.out(out)
 
-  def _dense(self, rngs: nnx.Rngs, equation: str, bias: bool, **axes: int) -> Dense:
-    return Dense(rngs, self.compute, equation, bias=bias, init=self.init, **axes)
+  def _dense(self, rngs: nnx.Rngs | None, equation: str, bias: bool, **axes: int) -> Dense:
+    return Dense(rngs or self.rngs, self.compute, equation, bias=bias, init=self.init, **axes)
 
   def __call__(
     self,
@@ -187,7 +188,7 @@ class GroupedAttention(nnx.Module):
     spec, norm = self.spec, self.spec.qk_norm
     if norm is not None and not norm.rotated:
       q, k = self._norm(self.query_norm, q), self._norm(self.key_norm, k)
-    if spec.rope is not None:
+    if spec.rope is not None or spec.grid is not None:
       q, k = self.rotate(q, mask.q_pos, positions), self.rotate(k, mask.kv_pos, positions)
       if norm is not None and norm.rotated:
         q, k = self._norm(self.query_norm, q), self._norm(self.key_norm, k)
@@ -199,6 +200,8 @@ class GroupedAttention(nnx.Module):
     self, x: jax.Array, positions: jax.Array, several: jax.Array | None = None
   ) -> jax.Array:
     """Queries or keys [b t h k] at positions [b t], or where they have `several` [b t 3]."""
+    if self.spec.grid is not None:
+      return rotate_grid(x, self.spec.grid)
     return rotate(x, positions if several is None else several, self.spec.rope)
 
   def _norm(self, norm: nnx.Module, x: jax.Array) -> jax.Array:
@@ -226,7 +229,7 @@ class GroupedAttention(nnx.Module):
     if twice := compute.reshape_q and queries == 1:
       q, mask = jnp.repeat(q, 2, axis=1), _twice(mask)
     if compute.heads_first:
-      q, k, v = (_by_head(x) for x in (q, k, v))
+      q, k, v = (_by_head(dense(x)) for x in (q, k, v))
     scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
     scale = scale if spec.latent is None else scale * spec.latent.mscale**2
     scores = kernels.Scores(scale, spec.soft_cap, compute.f32_scores, spec.dropout)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maxtext.kernels.held import dense
 from maxtext.layers.grouped import C, GroupedAttention, Names
 from maxtext.layers.norms import make_norm
 from maxtext.layers.params import Compute, Dense, DenseInitializer, contract
@@ -47,7 +48,7 @@ class LatentAttention(GroupedAttention):
     self.wkv_b = self.init_kv_w((low.kv_rank, spec.heads, up), rngs)
     self.out = self.init_out_w(width, rngs)
 
-  def init_kv_w(self, inputs_kv_shape: tuple[int, ...], rngs: nnx.Rngs) -> Dense:
+  def init_kv_w(self, inputs_kv_shape: tuple[int, ...], rngs: nnx.Rngs | None = None) -> Dense:
     """The expansion [.. r] -> [.. h k] of latents, for these (rank, heads, channels)."""
     rank, heads, channels = inputs_kv_shape
     axes = {"kv_lora": rank, "kv_heads": heads, "kv_head_dim": channels}
@@ -111,6 +112,7 @@ class LatentAttention(GroupedAttention):
       keys, values = self.expand(k, v)
       return super()._attend(q, keys, values, mask, cache, seed)
     cache, latent, shared, mask = cache.append(k, v, mask)
+    latent, shared = dense(latent), dense(shared)
     nope = self.spec.latent.nope_dim
     weights, axes = self.wkv_b.kernel[...], ("kv_lora", "kv_heads", "kv_head_dim")
     own, turned = jnp.split(q, [nope], axis=-1)

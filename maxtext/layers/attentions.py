@@ -1,0 +1,373 @@
+"""The published attention layer, for both of flax's styles.
+
+B batch, T query length, S key length, E width, N query heads, K key/value heads, D head_dim. The
+decoder is built from the same layers by their specs (grouped.py, latent.py). Here the published
+keywords become a spec, the published masks a Mask, and the cache is the layer's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+
+from maxtext import caches, sharding
+from maxtext.caches import PagedCache, PromptCache, RowCache, kept
+from maxtext.errors import ConfigError
+from maxtext.kernels.held import dense
+from maxtext.layers.as_linen import as_linen, keywords
+from maxtext.layers.grouped import Axes, GroupedAttention
+from maxtext.layers.keywords import AttentionType, Keywords
+from maxtext.layers.latent import LatentAttention
+from maxtext.layers.norms import L2Norm
+from maxtext.layers.params import DenseInitializer, nd_dense_init
+from maxtext.layers.vllm import Serving, ragged_paged_attention
+from maxtext.masks import Mask
+from maxtext.specs import GridRopeSpec, RopeSpec
+
+Part = tuple[jax.Array, jax.Array, jax.Array]  # keys, values [B, S, K, D], segment ids [B, S]
+
+__all__ = [
+  "MLA",
+  "Attention",
+  "AttentionType",
+  "L2Norm",
+  "attention_as_linen",
+  "l2_norm_as_linen",
+  "mla_as_linen",
+]
+
+_PREFILL_HEADS = (
+  "activation_prefill_kv_batch",
+  "prefill_activation_length",
+  "activation_kv_heads",
+  "activation_kv_head_dim",
+)
+_HEADS = (
+  "activation_kv_batch",
+  "activation_length_attn",
+  "activation_kv_heads",
+  "activation_kv_head_dim",
+)
+_DECODE = ("decode_batch", "decode_length")
+_PREFILL = ("activation_prefill_kv_batch", "prefill_activation_length")
+_TRAIN = ("activation_batch_attn", "activation_length_attn")
+
+
+class Attention(GroupedAttention):
+  """Multi-head, grouped-query or multi-query attention: (B, T, E), (B, S, E) -> (B, T, E).
+
+  A cache exists unless `model_mode` is 'train': a prompt's part of `max_prefill_predict_length`
+  slots (half of `max_target_length` where it is not given) and a part for what is generated. Scores
+  and softmax are float32 whatever `float32_logits` says. With a mesh, activations are placed by the
+  configuration's logical_axis_rules. Raises ValueError for heads that cannot be grouped, and
+  ConfigError (a ValueError) for any other keyword that cannot be served.
+  """
+
+  def __init__(
+    self,
+    config: Any,
+    num_query_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_target_length: int,
+    mesh: jax.sharding.Mesh | None,
+    attention_kernel: str,
+    inputs_q_shape: Sequence[int],
+    inputs_kv_shape: Sequence[int],
+    dtype: Any = jnp.float32,
+    weight_dtype: Any = jnp.float32,
+    max_prefill_predict_length: int = -1,
+    dropout_rate: float = 0.0,
+    kernel_init: DenseInitializer = nd_dense_init(1.0, "fan_in", "normal"),  # noqa: B008
+    float32_qk_product: bool = False,
+    float32_logits: bool = False,
+    quant: Any = None,
+    kv_quant: Any = None,
+    attention_type: AttentionType = AttentionType.GLOBAL,
+    attn_logits_soft_cap: float | None = None,
+    sliding_window_size: int | None = None,
+    use_ragged_attention: bool = False,
+    ragged_block_size: int = 256,
+    use_qk_norm: bool = False,
+    query_pre_attn_scalar: float | None = None,
+    use_bias_in_projections: bool = False,
+    share_kv_projections: bool = False,
+    temperature_tuning: bool = False,
+    temperature_tuning_scale: float = 0.1,
+    temperature_tuning_floor_scale: float = 8192.0,
+    prefill_query_axis_names: Axes = _PREFILL_HEADS,
+    prefill_key_axis_names: Axes = _PREFILL_HEADS,
+    prefill_value_axis_names: Axes = _PREFILL_HEADS,
+    query_axis_names: Axes = _HEADS,
+    key_axis_names: Axes = _HEADS,
+    value_axis_names: Axes = _HEADS,
+    input_axis_names: Axes = (*_TRAIN, "activation_embed_attn"),
+    out_axis_names: Axes = (*_TRAIN, "activation_heads", "activation_kv"),
+    prefill_input_axis_names: Axes = (*_PREFILL, "activation_embed_attn"),
+    decode_input_axis_names: Axes = (*_DECODE, "activation_embed_attn"),
+    prefill_out_axis_names: Axes = (*_PREFILL, "activation_heads", "activation_kv"),
+    decode_out_axis_names: Axes = (*_DECODE, "activation_heads", "activation_kv"),
+    prefill_cache_axis_order: tuple[int, ...] = (1, 2, 0, 3),
+    ar_cache_axis_order: tuple[int, ...] = (1, 2, 0, 3),
+    compute_axis_order: tuple[int, ...] = (0, 1, 2, 3),
+    reshape_q: bool = False,
+    is_nope_layer: bool = False,
+    is_vision: bool = False,
+    model_mode: str = "train",
+    use_mrope: bool = False,
+    mrope_section: tuple[int, int, int] | None = None,
+    name: str | None = None,
+    rope_type: str | None = None,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    given = Keywords({k: v for k, v in locals().items() if k in PUBLISHED})
+    given.check()
+    self.rngs, self.name, self.mesh, self.layout = rngs, name, mesh, given.layout()
+    self.names, self.storages, self.slots = given.names(), given.storages(), given.slots()
+    self.cache_kind, self.rows = given.cache_kind(), inputs_kv_shape[0]
+    spec = given.spec()
+    if (spec.latent is None) == isinstance(self, LatentAttention):
+      raise ConfigError(
+        "attention_type", f"{spec.latent and 'mla'}: use the layer MLA for it, alone"
+      )
+    super().__init__(spec, inputs_q_shape[-1], given.compute(), rngs, kernel_init)
+    self.kv_cache = (
+      None if model_mode == "train" else nnx.Cache(self.init_kv_caches(inputs_kv_shape))
+    )
+
+  def convert_dense_general_inputs_shape(
+    self, inputs_shape: Sequence[int], axis: Iterable[int] | int = -1
+  ) -> tuple[int, ...]:
+    """The sizes of those axes of inputs of this shape that a projection contracts."""
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    return tuple(inputs_shape[i] for i in axes)
+
+  def init_rotary_embedding(self) -> RopeSpec | GridRopeSpec | None:
+    """How this layer rotates queries and keys; None: not at all."""
+    return self.spec.rope or self.spec.grid
+
+  def apply_rotary_embedding(
+    self, inputs: jax.Array, inputs_positions: jax.Array | None = None, rope_kwargs: Any = None
+  ) -> jax.Array:
+    """Queries or keys [B, T, N, D] at positions [B, T], or [B, T, 3], rotated."""
+    _refuse_rope_kwargs(rope_kwargs)
+    if inputs_positions is None:
+      inputs_positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
+    return self.rotate(inputs, inputs_positions)
+
+  def init_kv_caches(self, inputs_kv_shape: Sequence[int]) -> PromptCache | RowCache | PagedCache:
+    """An empty cache for as many rows as inputs [B, S, E] of this shape have."""
+    size, rows, reach = kept(self.spec, 1), inputs_kv_shape[0], caches.reach(self.spec)
+    slots, storage = sum(self.slots), self.storages[1]
+    if self.cache_kind is PagedCache:
+      most = -(-slots // storage.block)
+      return PagedCache.empty(size, rows, rows * most, storage.block, most, storage)
+    if self.cache_kind is RowCache:
+      return RowCache.empty(size, rows, slots, storage)
+    return PromptCache.empty(size, rows, self.slots, self.storages, reach)
+
+  def update_kv_caches(
+    self,
+    key: jax.Array,
+    value: jax.Array,
+    decoder_segment_ids: jax.Array | None,
+    model_mode: str,
+    previous_chunk: Any = None,
+  ) -> list[Part | None]:
+    """Keep rotated keys and values [B, T, K, D] after what the layer's own cache holds.
+
+    Returns the prompt's part of the cache, and in mode 'autoregressive' the generated part (else
+    None): keys and values [B, S, K, D] and segment ids [B, S], 0 where a slot is empty. Raises
+    ConfigError for a cache that has no such parts.
+    """
+    cache = self._opened(model_mode, previous_chunk is None)
+    if not isinstance(cache, PromptCache):
+      raise ConfigError("update_kv_caches", "this layer's cache has one part; call the layer")
+    start = cache.prompt.written[0] + cache.generated.written[0]
+    positions = start + jnp.broadcast_to(jnp.arange(key.shape[1]), key.shape[:2])
+    mask = Mask.of(positions, decoder_segment_ids)
+    cache, *_ = cache.append(key, value, mask)
+    self._keep(cache)
+    parts = [cache.prompt, cache.generated if model_mode == "autoregressive" else None]
+    return [part and _part(part.held(mask)) for part in parts]
+
+  def forward_serve_vllm(
+    self,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    rpa_kv_cache: Any = None,
+    rpa_metadata: Any = None,
+  ) -> tuple[jax.Array, Any]:
+    """query [B, T, N, D], key, value [B, T, K, D] -> (out [B, T, N, D], cache) by vLLM's kernel.
+
+    Rows are flattened into one stream of tokens, whose requests `rpa_metadata` describes. Without
+    cache or metadata, as in vLLM's dry run, (query, []). Raises ImportError where its package is
+    not installed.
+    """
+    if rpa_kv_cache is None or rpa_metadata is None:
+      return query, []
+    sinks, tokens = None if self.sinks is None else self.sinks[...], (query, key, value)
+    serving = Serving(rpa_kv_cache, rpa_metadata)
+    return ragged_paged_attention(self.spec, self.mesh, tokens, sinks, serving)
+
+  def __call__(
+    self,
+    inputs_q: jax.Array,
+    inputs_kv: jax.Array,
+    inputs_positions: jax.Array | None = None,
+    decoder_segment_ids: jax.Array | None = None,
+    out_sharding: jax.sharding.NamedSharding | None = None,
+    *,
+    model_mode: str = "train",
+    deterministic: bool = False,
+    previous_chunk: Any = None,
+    slot: int | None = None,
+    bidirectional_mask: jax.Array | None = None,
+    rope_kwargs: Mapping[str, Any] | None = None,
+    kv_cache: Any = None,
+    attention_metadata: Any = None,
+  ) -> tuple[jax.Array, Any]:
+    """inputs_q (B, T, E), inputs_kv (B, S, E) -> (out (B, T, E), kv_cache).
+
+    inputs_positions [B, T] are true token positions ([B, T, 3] with use_mrope), by default 0, 1, 2;
+    while generating they must be given. decoder_segment_ids [B, T]: 0 is padding.
+    bidirectional_mask [B, T]: neighbours that are True see each other both ways. 'prefill' starts
+    the cache anew, unless `previous_chunk` (whatever it is) says that a part of the prompt is in it
+    already; `slot` is the only row that the inputs belong to. kv_cache and attention_metadata are
+    vLLM's, and kv_cache is returned as vLLM gives it back, else as it came.
+    """
+    _refuse_rope_kwargs(rope_kwargs)
+    where = inputs_positions
+    if model_mode == "autoregressive" and where is None:
+      raise ConfigError("inputs_positions", "must be given where earlier tokens are in a cache")
+    mask = self._mask(inputs_q, inputs_kv, where, decoder_segment_ids, bidirectional_mask)
+    cache = self._cache(model_mode, previous_chunk, slot, kv_cache, attention_metadata)
+    several = where if where is not None and where.ndim == 3 else None
+    kv, seed = None if inputs_kv is inputs_q else inputs_kv, self._seed(deterministic)
+    with sharding.use(self.layout or sharding.active()):
+      names = self.names[model_mode]
+      out, cache = super().__call__(inputs_q, mask, cache, seed, kv, several, names)
+      out = out if out_sharding is None else jax.lax.with_sharding_constraint(out, out_sharding)
+    return out, kv_cache if cache is None else self._keep(cache, slot, kv_cache)
+
+  def _seed(self, deterministic: bool) -> jax.Array | None:
+    """What draws dropout, if there is any."""
+    if deterministic or not self.spec.dropout:
+      return None
+    return jax.random.bits(self.rngs.dropout(), (2,), jnp.uint32)
+
+  def _mask(
+    self,
+    inputs_q: jax.Array,
+    inputs_kv: jax.Array,
+    positions: jax.Array | None,
+    segments: jax.Array | None,
+    both_ways: jax.Array | None,
+  ) -> Mask:
+    """Who may see whom among the inputs."""
+    order = lambda x: jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    plain = positions is None or positions.ndim == 3  # on three axes, none is the tokens' order
+    q_pos = order(inputs_q) if plain else positions
+    spans = None if both_ways is None else _runs(both_ways)
+    if inputs_kv.shape[1] == inputs_q.shape[1]:
+      return Mask.of(q_pos, segments, spans)
+    if segments is not None or spans is not None:
+      raise ConfigError("decoder_segment_ids", "are of one sequence; inputs_kv has another length")
+    return Mask(q_pos, order(inputs_kv))
+
+  def _cache(self, mode: str, previous_chunk: Any, slot: Any, pages: Any, about: Any) -> Any:
+    """What the call appends to; None in training."""
+    if mode == "train":
+      return None
+    if self.compute.kernel == "vllm_rpa":
+      return Serving(pages, about)
+    cache = self._opened(mode, previous_chunk is None and slot is None)
+    if slot is None:
+      return cache
+    if isinstance(cache, PromptCache):
+      raise ConfigError(
+        "slot", "this cache fills all rows alike; use use_ragged_attention=True, or kernel 'paged'"
+      )
+    row = cache.row(slot)
+    return row.reset(0) if mode == "prefill" and previous_chunk is None else row
+
+  def _opened(self, mode: str, anew: bool) -> Any:
+    """The layer's own cache as a call in this mode finds it."""
+    if self.kv_cache is None:
+      raise ConfigError("model_mode", f"a layer made for 'train' has no cache for {mode!r}")
+    cache = self.kv_cache.get_value()
+    if mode == "prefill" and anew:
+      cache = self.init_kv_caches((self.rows, 0, 0))
+    elif isinstance(cache, PromptCache):
+      cache = cache.into(mode)
+    return cache.at(jnp.int32(0))
+
+  def _keep(self, cache: Any, slot: int | None = None, given: Any = None) -> Any:
+    """Keep what the call has appended; what it returns as the cache it was `given`."""
+    if isinstance(cache, Serving):
+      return cache.pages
+    cache = cache.at(None).filled()
+    self.kv_cache.set_value(
+      cache if slot is None else self.kv_cache.get_value().insert(cache, slot)
+    )
+    return given
+
+  def _attend(self, q, k, v, mask, cache, seed):
+    if not isinstance(cache, Serving):
+      return super()._attend(q, k, v, mask, cache, seed)
+    out, pages = self.forward_serve_vllm(q, k, v, cache.pages, cache.about)
+    return out, Serving(pages, cache.about)
+
+
+class MLA(Attention, LatentAttention):
+  """Multi-head latent attention with Attention's keywords, attention_type=MLA among them.
+
+  Ranks and widths are the configuration's q_lora_rank, kv_lora_rank, qk_nope_head_dim,
+  qk_rope_head_dim and v_head_dim; with mla_naive_kvcache the cache holds expanded keys and values.
+  """
+
+
+def attention_as_linen(**options: Any) -> linen.Module:
+  """Attention as a Linen module: the same keywords, all by name.
+
+  Its parameters are boxed with their logical axis names (flax.linen.LogicallyPartitioned), and its
+  cache is the collection 'cache'. Apply with mutable=['cache'] where the mode has one, and with
+  rngs={'dropout': key} where there is dropout.
+  """
+  return as_linen(Attention, options)
+
+
+def mla_as_linen(**options: Any) -> linen.Module:
+  """MLA as a Linen module, as attention_as_linen."""
+  return as_linen(MLA, options)
+
+
+def l2_norm_as_linen(eps: float = 1e-6) -> linen.Module:
+  """L2Norm as a Linen module."""
+  return nnx.bridge.to_linen(L2Norm, eps=eps, skip_rng=True)
+
+
+attention_as_linen.__signature__ = mla_as_linen.__signature__ = keywords(Attention)
+PUBLISHED = frozenset(keywords(Attention).parameters)
+
+
+def _runs(marked: jax.Array) -> jax.Array:
+  """bool [B, T] -> whole numbers [B, T]: the number of the run of True that a token is in, or 0."""
+  begins = marked & ~jnp.pad(marked, [(0, 0), (1, 0)])[:, :-1]
+  return jnp.where(marked, jnp.cumsum(begins, axis=1), 0)
+
+
+def _part(answer: tuple) -> Part:
+  keys, values, mask = answer
+  return dense(keys), dense(values), mask.kv_seg
+
+
+def _refuse_rope_kwargs(given: Mapping[str, Any] | None) -> None:
+  if given:
+    raise ConfigError("rope_kwargs", f"{', '.join(given)}: this layer's rotation takes none")

@@ -1,0 +1,295 @@
+"""The published keywords of an attention layer, folded into what our layers are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from maxtext import sharding
+from maxtext.caches import PagedCache, PromptCache, RowCache, Storage, axis_order
+from maxtext.errors import ConfigError, closest
+from maxtext.layers.grouped import Names
+from maxtext.layers.params import Compute
+from maxtext.specs import (
+  ROPE_TYPES,
+  AttentionSpec,
+  CacheQuantSpec,
+  GridRopeSpec,
+  LatentSpec,
+  NormSpec,
+  QkNormSpec,
+  RopeSpec,
+  SectionsSpec,
+  TemperatureSpec,
+  YarnScaling,
+)
+
+
+class AttentionType(enum.Enum):
+  """Whom a query sees: its past, a window or a chunk of it, everything, or its past and its block;
+  MLA is the past, by way of latents.
+  """
+
+  GLOBAL = "global"
+  LOCAL_SLIDING = "local_sliding"
+  CHUNK = "chunk"
+  FULL = "full"
+  MLA = "mla"
+  BLOCK_DIFFUSION = "block_diffusion"
+
+
+MODES = ("train", "prefill", "autoregressive")
+SERVING = ("paged", "vllm_rpa")  # kernels that there are with a cache only
+COMPUTE_ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Keywords:
+  """What a caller gave, by name; `config` is any object with the run's keys, or a run's Config."""
+
+  given: Mapping[str, Any]
+
+  def __getattr__(self, name: str) -> Any:
+    return self.given[name]
+
+  def setting(self, key: str, default: Any = None) -> Any:
+    """A key of the run's configuration, wherever it stands in it; `default` where it has none."""
+    for holder in _holders(self.config):
+      value = (
+        holder.get(key, default) if isinstance(holder, Mapping) else getattr(holder, key, None)
+      )
+      if value is not None:
+        return value
+    return default
+
+  def check(self) -> None:
+    """Raises ValueError or ConfigError for what no layer can be made from."""
+    if self.num_kv_heads == -1:
+      raise ValueError("num_kv_heads is not defined.")
+    if self.num_query_heads % self.num_kv_heads:
+      raise ValueError("Invalid num_kv_heads for GQA.")
+    if tuple(self.compute_axis_order) not in COMPUTE_ORDERS:
+      known = " or ".join(map(str, COMPUTE_ORDERS))
+      raise ValueError(f"compute_axis_order must be {known}, but got {self.compute_axis_order}")
+    if self.model_mode not in MODES:
+      near = closest(str(self.model_mode), MODES)
+      raise ConfigError("model_mode", f"{self.model_mode!r} is none of {', '.join(MODES)}{near}")
+    if self.quant is not None:
+      raise ConfigError("quant", "products of quantised weights are not there yet; use None")
+    if self.model_mode != "train" and not self.prompt_length < self.max_target_length:
+      raise ConfigError(
+        "max_prefill_predict_length",
+        f"{self.prompt_length} leaves no room to generate in max_target_length="
+        f"{self.max_target_length}; use less",
+      )
+
+  @property
+  def prompt_length(self) -> int:
+    """Slots of the prompt's part of the cache."""
+    if self.max_prefill_predict_length > 0:
+      return self.max_prefill_predict_length
+    return max(1, self.max_target_length // 2)
+
+  def cache_kind(self) -> type:
+    """The cache that suits what computes attention."""
+    if self.attention_kernel == "paged":
+      return PagedCache
+    return RowCache if self.use_ragged_attention else PromptCache
+
+  def slots(self) -> tuple[int, int]:
+    """Slots of the prompt's and of the generated part of the cache."""
+    return self.prompt_length, self.max_target_length - self.prompt_length
+
+  def storages(self) -> tuple[Storage, Storage]:
+    """How the two parts are stored."""
+    orders = (
+      axis_order(key, self.given[key])
+      for key in ("prefill_cache_axis_order", "ar_cache_axis_order")
+    )
+    quant, block = _cache_quant(self.kv_quant), self.ragged_block_size
+    first, second = (Storage(self.dtype, quant, order, spans=True, block=block) for order in orders)
+    return first, second
+
+  def spec(self) -> AttentionSpec:
+    """What the layer computes."""
+    kind = AttentionType(self.attention_type)
+    latent = self.latent() if kind is AttentionType.MLA else None
+    tempered = self.temperature_tuning and self.is_nope_layer
+    return AttentionSpec(
+      heads=self.num_query_heads,
+      kv_heads=self.num_kv_heads,
+      head_dim=self.head_dim if latent is None else self._latent_head_dim(latent),
+      rope=self.rope(kind),
+      grid=self.grid() if self.is_vision else None,
+      window=self._reach(kind, AttentionType.LOCAL_SLIDING, "sliding_window_size"),
+      chunk=self._reach(kind, AttentionType.CHUNK, "chunk_attn_window_size"),
+      block=self._reach(kind, AttentionType.BLOCK_DIFFUSION, "causal_block_size"),
+      causal=kind is not AttentionType.FULL,
+      qk_norm=QkNormSpec("rms", self._eps) if self.use_qk_norm else None,
+      soft_cap=self.attn_logits_soft_cap or None,
+      scale=self.query_pre_attn_scalar,
+      temperature=TemperatureSpec(
+        self.temperature_tuning_scale, self.temperature_tuning_floor_scale
+      )
+      if tempered
+      else None,
+      bias=self.use_bias_in_projections,
+      share_kv=self.share_kv_projections,
+      sink=bool(self.setting("attention_sink", False)),
+      fused=bool(self.setting("fused_qkv", False)),
+      dropout=self.dropout_rate,
+      latent=latent,
+    )
+
+  @property
+  def _eps(self) -> float:
+    return self.setting("normalization_layer_epsilon", 1e-6)
+
+  def _reach(self, kind: AttentionType, own: AttentionType, key: str) -> int | None:
+    """The length that attention of kind `own` needs, a keyword or a key of the configuration."""
+    if kind is not own:
+      return None
+    length = self.given.get(key) or self.setting(key)
+    if not length or length < 1:
+      raise ConfigError(key, f"{length}: attention_type={own.value} needs a length of at least 1")
+    return length
+
+  def latent(self) -> LatentSpec:
+    """The ranks and widths of latent attention."""
+    return LatentSpec(
+      kv_rank=self.setting("kv_lora_rank", 512),
+      nope_dim=self.setting("qk_nope_head_dim", 128),
+      rope_dim=self.setting("qk_rope_head_dim", 64),
+      value_dim=self.setting("v_head_dim", 128),
+      q_rank=self.setting("q_lora_rank", 0) or None,
+      norm=NormSpec("rms", self._eps),
+      mscale=self._mscale(),
+      expanded_cache=self.setting("mla_naive_kvcache", False),
+    )
+
+  def _mscale(self) -> float:
+    """YaRN's factor of the scores' scale, in a context longer than the original one."""
+    length, original = (
+      self.setting(key, 0)
+      for key in ("max_position_embeddings", "original_max_position_embeddings")
+    )
+    if not original or length <= original:
+      return 1.0
+    return 0.1 * self.setting("mscale", 1.0) * math.log(self.setting("rope_factor", 40)) + 1
+
+  def _latent_head_dim(self, latent: LatentSpec) -> int:
+    """The width of latent attention's queries; head_dim may say it, or that of the values."""
+    width = latent.nope_dim + latent.rope_dim
+    if self.head_dim not in (width, latent.value_dim):
+      raise ConfigError(
+        "head_dim",
+        f"{self.head_dim} is neither qk_nope_head_dim + qk_rope_head_dim = {width} nor "
+        f"v_head_dim = {latent.value_dim}",
+      )
+    return width
+
+  def grid(self) -> GridRopeSpec:
+    """How the patches of an image are rotated."""
+    side = self.setting("image_size_for_vit", 336) // self.setting("patch_size_for_vit", 14)
+    return GridRopeSpec(side, side, self.setting("rope_theta_for_vit", 10_000))
+
+  def rope(self, kind: AttentionType) -> RopeSpec | None:
+    """How queries and keys are rotated."""
+    if self.is_nope_layer or self.is_vision:
+      return None
+    name = self.rope_type or self.setting("rope_type", "default")
+    own = "local" if kind is AttentionType.LOCAL_SLIDING else "global"
+    theta = self.setting(f"{own}_rope_max_timescale", 0)
+    parts: dict[str, Any] = {
+      "max_timescale": theta if theta > 0 else self.setting("rope_max_timescale", 10_000),
+      "min_timescale": self.setting("rope_min_timescale", 1),
+      "fraction": self.setting("partial_rotary_factor", 1.0),
+      "sections": SectionsSpec(tuple(self.mrope_section)) if self.use_mrope else None,
+    }
+    if name not in ROPE_TYPES:
+      near = closest(name, ROPE_TYPES)
+      raise ConfigError("rope_type", f"{name!r} is none of {', '.join(ROPE_TYPES)}{near}")
+    scaling, factor, length = ROPE_TYPES[name]
+    factor = self.setting("rope_factor", factor)
+    length = self.setting("original_max_position_embeddings", length)
+    if scaling is YarnScaling:
+      parts["scaling"] = self._yarn(factor, length)
+      parts["interleave"] = self.setting("rope_interleave", True)
+    elif scaling is not None and self.setting("rope_use_scale", True):
+      parts["scaling"] = scaling(factor=factor, original_length=length)
+    else:
+      parts["factor"] = self.setting("rope_linear_scaling_factor", 1.0)
+    return RopeSpec(**parts)
+
+  def _yarn(self, factor: float, length: int) -> YarnScaling:
+    return YarnScaling(
+      factor=factor,
+      original_length=length,
+      beta_fast=self.setting("beta_fast", 32),
+      beta_slow=self.setting("beta_slow", 1),
+      truncate=self.setting("rope_truncate", True),
+      attention_factor=None if self.setting("rope_attention_scaling", False) else 1.0,
+    )
+
+  def kernel(self) -> str:
+    """The kernel by our name: what reads a part of a cache is 'ragged', paged or not."""
+    if self.model_mode == "train":
+      return "autoselected" if self.attention_kernel in SERVING else self.attention_kernel
+    ragged = self.attention_kernel == "paged" or self.use_ragged_attention
+    return "ragged" if ragged else self.attention_kernel
+
+  def compute(self) -> Compute:
+    """How the layer computes it."""
+    precision = self.setting("matmul_precision", "default")
+    return Compute(
+      dtype=jnp.dtype(self.dtype),
+      weight_dtype=jnp.dtype(self.weight_dtype),
+      kernel=self.kernel(),
+      matmul_precision=None if precision == "default" else precision,
+      f32_scores=self.float32_qk_product,
+      heads_first=tuple(self.compute_axis_order) == COMPUTE_ORDERS[1],
+      reshape_q=self.reshape_q,
+    )
+
+  def names(self) -> dict[str, Names]:
+    """The logical axes of activations in every mode."""
+    qkv = ("query", "key", "value")
+    train = {name: getattr(self, f"{name}_axis_names") for name in (*qkv, "input", "out")}
+    prefill = {name: getattr(self, f"prefill_{name}_axis_names") for name in train}
+    decode = {name: ("decode_batch", "decode_length", *train[name][2:]) for name in qkv}
+    decode |= {name: getattr(self, f"decode_{name}_axis_names") for name in ("input", "out")}
+    return dict(zip(MODES, (Names(**axes) for axes in (train, prefill, decode))))
+
+  def layout(self) -> sharding.Layout | None:
+    """The mesh with the configuration's rules; None without a mesh."""
+    rules = self.setting("logical_axis_rules")
+    if self.mesh is None or rules is None:
+      return None
+    pairs = rules.items() if isinstance(rules, Mapping) else rules
+    table: dict[str, tuple[str, ...]] = {}
+    for name, axes in pairs:
+      axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+      table.setdefault(name, tuple(axis for axis in axes if axis in self.mesh.shape))
+    return sharding.Layout(self.mesh, sharding.Rules(table))
+
+
+def _cache_quant(given: Any) -> CacheQuantSpec | None:
+  """What `kv_quant` asks for: a CacheQuantSpec, or anything with its `dtype` and `axis_cfg`."""
+  if given is None or isinstance(given, CacheQuantSpec):
+    return given
+  name = str(jnp.dtype(given.dtype))
+  return CacheQuantSpec("fp8" if name.startswith("float8") else name, given.axis_cfg)
+
+
+def _holders(config: Any) -> Iterator[Any]:
+  """A configuration, and the sections that it consists of."""
+  if config is None:
+    return
+  yield config
+  if dataclasses.is_dataclass(config):
+    yield from (getattr(config, field.name) for field in dataclasses.fields(config))
