@@ -129,13 +129,12 @@ class Attention(GroupedAttention):
     given.check()
     self.rngs, self.name, self.mesh, self.layout = rngs, name, mesh, given.layout()
     self.names, self.storages, self.slots = given.names(), given.storages(), given.slots()
-    self.cache_kind, self.rows = given.cache_kind(), inputs_kv_shape[0]
-    spec = given.spec()
-    if (spec.latent is None) == isinstance(self, LatentAttention):
-      raise ConfigError(
-        "attention_type", f"{spec.latent and 'mla'}: use the layer MLA for it, alone"
-      )
-    super().__init__(spec, inputs_q_shape[-1], given.compute(), rngs, kernel_init)
+    self.cache_kind = given.cache_kind()
+    if (AttentionType(attention_type) is AttentionType.MLA) != isinstance(self, LatentAttention):
+      wanted = "'mla' is for the layer MLA, and it has no other"
+      raise ConfigError("attention_type", f"{AttentionType(attention_type).value!r}: {wanted}")
+    width, kv_width = inputs_q_shape[-1], inputs_kv_shape[-1]
+    super().__init__(given.spec(), width, given.compute(), rngs, kernel_init, kv_width)
     self.kv_cache = (
       None if model_mode == "train" else nnx.Cache(self.init_kv_caches(inputs_kv_shape))
     )
@@ -185,12 +184,11 @@ class Attention(GroupedAttention):
     None): keys and values [B, S, K, D] and segment ids [B, S], 0 where a slot is empty. Raises
     ConfigError for a cache that has no such parts.
     """
-    cache = self._opened(model_mode, previous_chunk is None)
+    cache = self._opened(model_mode, previous_chunk is None, key.shape[0])
     if not isinstance(cache, PromptCache):
       raise ConfigError("update_kv_caches", "this layer's cache has one part; call the layer")
-    start = cache.prompt.written[0] + cache.generated.written[0]
-    positions = start + jnp.broadcast_to(jnp.arange(key.shape[1]), key.shape[:2])
-    mask = Mask.of(positions, decoder_segment_ids)
+    marks = (None, decoder_segment_ids, None)
+    mask = self._mask(key.shape, key.shape, marks, _written(cache))
     cache, *_ = cache.append(key, value, mask)
     self._keep(cache)
     parts = [cache.prompt, cache.generated if model_mode == "autoregressive" else None]
@@ -246,8 +244,10 @@ class Attention(GroupedAttention):
     where = inputs_positions
     if model_mode == "autoregressive" and where is None:
       raise ConfigError("inputs_positions", "must be given where earlier tokens are in a cache")
-    mask = self._mask(inputs_q, inputs_kv, where, decoder_segment_ids, bidirectional_mask)
-    cache = self._cache(model_mode, previous_chunk, slot, kv_cache, attention_metadata)
+    serving = Serving(kv_cache, attention_metadata)
+    cache = self._cache(model_mode, previous_chunk, slot, inputs_kv.shape[0], serving)
+    marks = (where, decoder_segment_ids, bidirectional_mask)
+    mask = self._mask(inputs_q.shape, inputs_kv.shape, marks, _written(cache))
     several = where if where is not None and where.ndim == 3 else None
     kv, seed = None if inputs_kv is inputs_q else inputs_kv, self._seed(deterministic)
     with sharding.use(self.layout or sharding.active()):
@@ -264,30 +264,35 @@ class Attention(GroupedAttention):
 
   def _mask(
     self,
-    inputs_q: jax.Array,
-    inputs_kv: jax.Array,
-    positions: jax.Array | None,
-    segments: jax.Array | None,
-    both_ways: jax.Array | None,
+    inputs_q_shape: tuple[int, ...],
+    inputs_kv_shape: tuple[int, ...],
+    marks: tuple[jax.Array | None, jax.Array | None, jax.Array | None],
+    start: jax.Array | int,
   ) -> Mask:
-    """Who may see whom among the inputs."""
-    order = lambda x: jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    plain = positions is None or positions.ndim == 3  # on three axes, none is the tokens' order
-    q_pos = order(inputs_q) if plain else positions
+    """Who may see whom among inputs with such positions, segment ids and marks of both ways.
+
+    Positions that are not given count from `start`; of those on three axes, none is the order.
+    """
+    order = lambda shape: start + jnp.broadcast_to(jnp.arange(shape[1]), shape[:2])
+    positions, segments, both_ways = marks
+    plain = positions is None or positions.ndim == 3
+    q_pos = order(inputs_q_shape) if plain else positions
     spans = None if both_ways is None else _runs(both_ways)
-    if inputs_kv.shape[1] == inputs_q.shape[1]:
+    if inputs_kv_shape[1] == inputs_q_shape[1]:
       return Mask.of(q_pos, segments, spans)
     if segments is not None or spans is not None:
       raise ConfigError("decoder_segment_ids", "are of one sequence; inputs_kv has another length")
-    return Mask(q_pos, order(inputs_kv))
+    return Mask(q_pos, order(inputs_kv_shape))
 
-  def _cache(self, mode: str, previous_chunk: Any, slot: Any, pages: Any, about: Any) -> Any:
-    """What the call appends to; None in training."""
+  def _cache(
+    self, mode: str, previous_chunk: Any, slot: int | None, rows: int, serving: Serving
+  ) -> Any:
+    """What a call with so many rows appends to; None in training."""
     if mode == "train":
       return None
     if self.compute.kernel == "vllm_rpa":
-      return Serving(pages, about)
-    cache = self._opened(mode, previous_chunk is None and slot is None)
+      return serving
+    cache = self._opened(mode, previous_chunk is None and slot is None, rows)
     if slot is None:
       return cache
     if isinstance(cache, PromptCache):
@@ -297,13 +302,13 @@ class Attention(GroupedAttention):
     row = cache.row(slot)
     return row.reset(0) if mode == "prefill" and previous_chunk is None else row
 
-  def _opened(self, mode: str, anew: bool) -> Any:
+  def _opened(self, mode: str, anew: bool, rows: int) -> Any:
     """The layer's own cache as a call in this mode finds it."""
     if self.kv_cache is None:
       raise ConfigError("model_mode", f"a layer made for 'train' has no cache for {mode!r}")
     cache = self.kv_cache.get_value()
     if mode == "prefill" and anew:
-      cache = self.init_kv_caches((self.rows, 0, 0))
+      cache = self.init_kv_caches((rows, 0, 0))
     elif isinstance(cache, PromptCache):
       cache = cache.into(mode)
     return cache.at(jnp.int32(0))
@@ -361,6 +366,15 @@ def _runs(marked: jax.Array) -> jax.Array:
   """bool [B, T] -> whole numbers [B, T]: the number of the run of True that a token is in, or 0."""
   begins = marked & ~jnp.pad(marked, [(0, 0), (1, 0)])[:, :-1]
   return jnp.where(marked, jnp.cumsum(begins, axis=1), 0)
+
+
+def _written(cache: Any) -> jax.Array | int:
+  """How many tokens a layer's cache has been given: of each row [B 1], or of all."""
+  if cache is None or isinstance(cache, Serving):
+    return 0
+  if isinstance(cache, PromptCache):
+    return cache.prompt.written[0] + cache.generated.written[0]
+  return cache.written[0][:, None]
 
 
 def _part(answer: tuple) -> Part:

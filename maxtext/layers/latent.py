@@ -30,7 +30,9 @@ class LatentAttention(GroupedAttention):
     compute: Compute,
     rngs: nnx.Rngs,
     init: DenseInitializer | None = None,
+    kv_width: int | None = None,
   ):
+    """As GroupedAttention."""
     self.spec, self.compute, self.init = spec, compute, init
     self.sinks = None
     low = spec.latent
@@ -43,7 +45,9 @@ class LatentAttention(GroupedAttention):
       heads = {"q_heads": spec.heads, "kv": spec.head_dim}
       self.wq_b = self._dense(rngs, "btr,rhk->bthk", False, q_lora=low.q_rank, **heads)
     down, up = low.kv_rank + low.rope_dim, low.nope_dim + low.value_dim
-    self.wkv_a = self._dense(rngs, "btd,dr->btr", False, embed=width, kv_lora_up_proj=down)
+    self.wkv_a = self._dense(
+      rngs, "btd,dr->btr", False, embed=kv_width or width, kv_lora_up_proj=down
+    )
     self.kv_norm = norm(low.kv_rank)
     self.wkv_b = self.init_kv_w((low.kv_rank, spec.heads, up), rngs)
     self.out = self.init_out_w(width, rngs)
