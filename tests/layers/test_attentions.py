@@ -258,9 +258,10 @@ def positions_of(options, start, stop):
   return jnp.stack([plain] * 3, -1) if options.get("use_mrope") else plain
 
 
-@nnx.jit(static_argnames=("model_mode", "more"))
-def step(layer, x, positions, model_mode, more=False):
-  return layer(x, x, positions, model_mode=model_mode, previous_chunk=more or None)[0]
+@nnx.jit(static_argnames=("mode", "more"))
+def step(layer, x, positions, mode, more=False, slot=None, segments=None):
+  options = {"model_mode": mode, "previous_chunk": more or None, "slot": slot}
+  return layer(x, x, positions, segments, **options)[0]
 
 
 def in_parts(layer, options, x, cuts):
@@ -311,10 +312,9 @@ def test_padding_of_prompts_changes_nothing():
     real = slice(5, 12) if side == "left" else slice(0, 7)
     segments = jnp.zeros((ROWS, 12), int).at[:, real].set(1)
     at = jnp.zeros((ROWS, 12), int).at[:, real].set(jnp.arange(7))
-    out = [layer(prompt, prompt, at, segments, model_mode="prefill")[0][:, real]]
+    out = [step(layer, prompt, at, "prefill", segments=segments)[:, real]]
     for i in range(7, 10):
-      new = x[:, i : i + 1]
-      out.append(layer(new, new, places(i, i + 1), model_mode="autoregressive")[0])
+      out.append(step(layer, x[:, i : i + 1], places(i, i + 1), "autoregressive"))
     assert_close(jnp.concatenate(out, 1), alone)
 
 
@@ -322,14 +322,14 @@ def test_rows_of_a_ragged_cache_go_on_by_themselves():
   x, whole = inputs(), make()(inputs(), inputs())[0]
   for options in ({"use_ragged_attention": True}, {"attention_kernel": "paged"}):
     layer = make(**options, ragged_block_size=8, model_mode="prefill")
-    for row, length in ((1, 11), (0, 6), (1, 9)):  # the last begins row 1 anew
+    for row, length in ((1, 9), (0, 6), (1, 9)):  # the last begins row 1 anew
       one = x[row : row + 1, :length]
-      out, _ = layer(one, one, model_mode="prefill", slot=row)
+      out = step(layer, one, places(0, length)[:1], "prefill", slot=row)
       assert_close(out[0], whole[row, :length])
     for i in range(3):
       at = jnp.array([[6 + i], [9 + i]])
       new = jnp.stack([x[0, 6 + i], x[1, 9 + i]])[:, None]
-      out, _ = layer(new, new, at, model_mode="autoregressive")
+      out = step(layer, new, at, "autoregressive")
       assert_close(out[:, 0], jnp.stack([whole[0, 6 + i], whole[1, 9 + i]]))
 
 
