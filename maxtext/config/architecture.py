@@ -30,6 +30,10 @@ class Architecture:
   final_logits_soft_cap: Positive | None
   attn_logits_soft_cap: Positive | None
   sliding_window_size: Count | None
+  chunk_attn_window_size: Count | None
+  attention_sink: bool
+  share_kv_projections: bool
+  fused_qkv: bool
   use_qk_norm: bool
   query_pre_attn_scalar: Positive | None
   trainable_position_size: Count
