@@ -13,4 +13,4 @@ def test_the_blocks_on_the_page_run(capsys):
   for block in blocks:
     exec(compile(block, str(PAGE), "exec"), place)
   assert place["normalised"].shape == place["y"].shape == (2, 16, 64)
-  assert capsys.readouterr().out .endswith("('embed', 'q_heads', 'kv')\n")
+  assert capsys.readouterr().out.endswith("('embed', 'q_heads', 'kv')\n")
