@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from maxtext.caches.slabs import Slab
 from maxtext.errors import ConfigError
 from maxtext.serve.engine import Engine, bucket
 from maxtext.serve.sample import Sampler
@@ -129,3 +130,34 @@ def test_only_the_last_token_of_a_prompt_is_unembedded(model, engine):
   begin = jax.jit(made._begin, static_argnums=2)
   text = begin.lower(model.params, made._shapes(sizes), sizes.slots).as_text()
   assert "tensor<3x1x64xf32>" in text and "tensor<3x48x64xf32>" not in text
+
+
+@pytest.mark.parametrize(
+  "format, code", [("int8", "int8"), ("int4", "int4"), ("fp8", "float8_e4m3fn")]
+)
+def test_keys_and_values_may_be_kept_in_fewer_bits(model, decode, format, code):
+  keys = {"quantize_kvcache": True, "kv_quant_dtype": format, "kv_quant_axis": "dkv"}
+  model, section = model("mixed"), decode(**keys)
+  engine = Engine(model, Sampler(section, 64), quant=section.cache_quant)
+  sizes = engine._sizes(PROMPTS, 20)
+  begin = jax.jit(engine._begin, static_argnums=2)
+  caches = jax.eval_shape(
+    lambda p, b: begin(p, b, sizes.slots), model.params, engine._shapes(sizes)
+  )[0]
+  stored = {
+    slab.data.dtype.name for slab in jax.tree.leaves(caches, is_leaf=is_slab) if is_slab(slab)
+  }
+  assert stored == {code, "int32"}  # and marks
+  if format == "int8":  # the likeliest token of one pass, or one that is almost as likely
+    for prompt, new in zip(PROMPTS, engine.generate(model.params, PROMPTS, 20)):
+      logits = model.logits(prompt + new)[len(prompt) - 1 : -1]
+      lost = logits.max(-1) - np.take_along_axis(logits, np.array(new)[:, None], -1)[:, 0]
+      assert lost.max() < 0.1 * np.abs(logits).max()
+
+
+def is_slab(x):
+  return isinstance(x, Slab)
+
+
+def test_nothing_is_quantised_unless_asked_for(decode):
+  assert decode(kv_quant_dtype="int4").cache_quant is None
