@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maxtext.caches.slabs import Slab, Storage
 from maxtext.errors import ConfigError
@@ -149,3 +150,14 @@ def test_what_it_cannot_do_is_refused():
     attend("ragged", many, many, many, Mask.of(jnp.zeros((1, 1025), int)), Scores(0.3))
   with pytest.raises(ConfigError, match="'ragged' has no gradient"):
     jax.grad(lambda v: call("ragged", q, k, v, decoding()).sum())(v)
+
+
+def test_the_batch_and_the_heads_may_be_split_over_a_mesh():
+  devices = np.array(jax.devices()[:4]).reshape(2, 2)
+  mesh = Mesh(devices, ("rows", "heads"), axis_types=(AxisType.Auto,) * 2)
+  arrays, mask = draw(1, S)[:3], decoding(window=9)
+  by_head = NamedSharding(mesh, PartitionSpec("rows", None, "heads", None))
+  by_row = NamedSharding(mesh, PartitionSpec("rows", None))
+  split = jax.device_put(arrays, by_head), jax.device_put(mask, by_row)
+  ours = jit(lambda arrays, mask: call("ragged", *arrays, mask), out_shardings=by_head)(*split)
+  assert_equal([ours], [run("dot_product", *arrays, mask)])
