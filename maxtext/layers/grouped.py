@@ -234,7 +234,8 @@ class GroupedAttention(nnx.Module):
     scale = scale if spec.latent is None else scale * spec.latent.mscale**2
     scores = kernels.Scores(scale, spec.soft_cap, compute.f32_scores, spec.dropout)
     sink = None if self.sinks is None else self.sinks[...]
-    y = kernels.attend(compute.kernel, q, k, v, mask, scores, sink, seed)
+    kernel = compute.decode_kernel or compute.kernel if queries == 1 else compute.kernel
+    y = kernels.attend(kernel, q, k, v, mask, scores, sink, seed)
     return y[:, :queries] if twice else y, cache
 
 

@@ -44,7 +44,6 @@ class AttentionType(enum.Enum):
 
 
 MODES = ("train", "prefill", "autoregressive")
-SERVING = ("paged", "vllm_rpa")  # kernels that there are with a cache only
 COMPUTE_ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3))
 
 
@@ -236,20 +235,23 @@ class Keywords:
       attention_factor=None if self.setting("rope_attention_scaling", False) else 1.0,
     )
 
-  def kernel(self) -> str:
-    """The kernel by our name: what reads a part of a cache is 'ragged', paged or not."""
-    if self.model_mode == "train":
-      return "autoselected" if self.attention_kernel in SERVING else self.attention_kernel
+  def kernels(self) -> tuple[str, str | None]:
+    """The kernels of `kernel` and `decode_kernel`: what reads a part of a cache is 'ragged'."""
+    name = "autoselected" if self.attention_kernel == "paged" else self.attention_kernel
+    if name == "vllm_rpa" and self.model_mode == "train":
+      name = "autoselected"
     ragged = self.attention_kernel == "paged" or self.use_ragged_attention
-    return "ragged" if ragged else self.attention_kernel
+    return name, "ragged" if ragged else None
 
   def compute(self) -> Compute:
     """How the layer computes it."""
     precision = self.setting("matmul_precision", "default")
+    kernel, decode_kernel = self.kernels()
     return Compute(
       dtype=jnp.dtype(self.dtype),
       weight_dtype=jnp.dtype(self.weight_dtype),
-      kernel=self.kernel(),
+      kernel=kernel,
+      decode_kernel=decode_kernel,
       matmul_precision=None if precision == "default" else precision,
       f32_scores=self.float32_qk_product,
       heads_first=tuple(self.compute_axis_order) == COMPUTE_ORDERS[1],

@@ -21,6 +21,8 @@ DenseInitializer = Callable[..., jax.Array]  # (key, shape, dtype, in_axis, out_
 class Compute:
   """How layers compute, as opposed to what: dtypes, the attention kernel, and matmul precision.
 
+  `decode_kernel` attends for a lone query (None: as `kernel` does for all).
+
   Activations and matmul inputs have `dtype`, parameters `weight_dtype`; norms, softmax sums, rotary
   angles and the loss are float32 always. `f32_scores` computes q.k in float32, `f32_logits` the
   unembedding. For the layout's sake `heads_first` keeps queries, keys and values in memory head by
@@ -30,6 +32,7 @@ class Compute:
   dtype: jnp.dtype = jnp.dtype("float32")
   weight_dtype: jnp.dtype = jnp.dtype("float32")
   kernel: str = "autoselected"
+  decode_kernel: str | None = None
   matmul_precision: str | None = None
   f32_scores: bool = False
   f32_logits: bool = False
