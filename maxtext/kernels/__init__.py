@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 
 from maxtext.errors import ConfigError, closest
+from maxtext.kernels.context import attend_split
 from maxtext.kernels.held import Held, dense
+from maxtext.kernels.options import Options
+from maxtext.kernels.split import length_is_split
 from maxtext.log import log
 from maxtext.masks import Mask
 from maxtext.sharding import platform
@@ -77,7 +81,7 @@ def register(
 
 
 def attend(
-  name: str,
+  how: str | Options,
   q: jax.Array,
   k: jax.Array | Held,
   v: jax.Array | Held,
@@ -86,18 +90,24 @@ def attend(
   sink: jax.Array | None = None,
   seed: jax.Array | None = None,
 ) -> jax.Array:
-  """Run kernel `name`; 'autoselected' chooses and says so, a named one is obeyed or refused.
+  """Run the kernel of that name; 'autoselected' chooses and says so, a named one is obeyed or
+  refused. Where the layout in use splits the length, `how.context` says how.
 
   Raises ConfigError when there is no such kernel, or with the kernel's words why it cannot serve.
   """
-  if name not in _reads_held:
-    k, v = dense(k), dense(v)
-  case: Any = (q, k, v, mask.marked(), scores, sink, seed if scores.dropout else None)
-  if name == "autoselected":
-    name = _choose(*case)
-  if name not in _kernels:
+  options = Options(how) if isinstance(how, str) else how
+  name = options.kernel
+  if name != "autoselected" and name not in _kernels:
     known = ", ".join(["autoselected", *_kernels])
     raise ConfigError("attention", f"{name!r} is not a kernel{closest(name, _kernels)} ({known})")
+  apart = options.context is not None and length_is_split()
+  if apart or name not in _reads_held:
+    k, v = dense(k), dense(v)
+  case: Any = (q, k, v, mask.marked(), scores, sink, seed if scores.dropout else None)
+  if apart:
+    return attend_split(options, functools.partial(attend, options), case)
+  if name == "autoselected":
+    name = _choose(*case)
   kernel, unfit = _kernels[name]
   if why := unfit(*case):
     raise ConfigError("attention", f"{name!r} cannot serve this layer: {why}; use 'autoselected'")
@@ -107,7 +117,7 @@ def attend(
 def _choose(q: jax.Array, k: jax.Array, *rest: Any) -> str:
   """The first fit kernel in the order of preference for this shape, said once of each kernel."""
   tiles = q.shape[1] >= FEW and q.shape[1] * k.shape[1] >= LONG.get(platform(), LONG["elsewhere"])
-  order = ("blockwise", "dot_product") if tiles else ("dot_product", "blockwise")
+  order = ["blockwise", "dot_product"] if tiles else ["dot_product", "blockwise"]
   passed: list[str] = []
   for name in order:
     if (why := _kernels[name][1](q, k, *rest)) is None:
@@ -125,4 +135,11 @@ def _choose(q: jax.Array, k: jax.Array, *rest: Any) -> str:
 LONG = {"cpu": 128 * 128, "elsewhere": 1024 * 1024}
 FEW = 32
 
-from maxtext.kernels import blockwise, dot_product, ragged  # noqa: E402, F401  (they register themselves)
+from maxtext.kernels import (  # noqa: E402, F401  (they register themselves)
+  all_gather,
+  blockwise,
+  dot_product,
+  ragged,
+  ring,
+  ulysses,
+)

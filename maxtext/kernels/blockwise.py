@@ -25,7 +25,7 @@ from maxtext.masks import Mask
 # rows and heads in a processor's cache (on CPU 0.25 to 1 M scores take the same time, 2 M longer).
 _LEAST, _MOST, _TILE = 128, 512, 2**19
 _HIDDEN = float(jnp.finfo(jnp.float32).min)
-_FLOOR = _HIDDEN / 2  # where a row's maximum starts: exp(_HIDDEN - _FLOOR) is 0, not 1
+FLOOR = _HIDDEN / 2  # where a row's maximum starts: exp(_HIDDEN - FLOOR) is 0, not 1
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
@@ -75,6 +75,12 @@ def _attention(scores: Scores, q, k, v, mask: Mask, seed) -> tuple[jax.Array, ja
 
 
 def _forward(scores: Scores, q, k, v, mask: Mask, seed):
+  out, norm = (checkpoint_name(x, OUT) for x in forward(scores, q, k, v, mask, seed))
+  return (out, norm), (q, k, v, mask, seed, out, norm)
+
+
+def forward(scores: Scores, q, k, v, mask: Mask, seed) -> tuple[jax.Array, jax.Array]:
+  """As `partial`, without names for what it finds and without a gradient."""
   plan = _Plan.of(q, k, mask)
   keys, values = plan.cut_keys(k), plan.cut_keys(v)
   drop = _dropout(plan, scores, seed)
@@ -93,19 +99,22 @@ def _forward(scores: Scores, q, k, v, mask: Mask, seed):
       return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + more
 
     zeros = jnp.zeros(q.shape[:-1], jnp.float32)
-    start = (zeros + _FLOOR, zeros, jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32))
+    start = (zeros + FLOOR, zeros, jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32))
     top, total, out = lax.fori_loop(0, count, tile, start)
     total = jnp.maximum(total, _TINY)
     return None, ((out / total[..., None]).astype(v.dtype), top + jnp.log(total))
 
   _, (out, norm) = lax.scan(row, None, plan.rows(plan.cut_queries(q)))
-  out = checkpoint_name(plan.join_queries(out), OUT)
-  norm = checkpoint_name(plan.join_queries(norm[..., None])[..., 0], OUT)
-  return (out, norm), (q, k, v, mask, seed, out, norm)
+  return plan.join_queries(out), plan.join_queries(norm[..., None])[..., 0]
 
 
-def _backward(scores: Scores, saved, cotangents: tuple[jax.Array, jax.Array]):
-  """One sweep over the tiles: queries carry their gradient, the keys' is added up in place."""
+def backward(scores: Scores, saved, cotangents: tuple[jax.Array, jax.Array]):
+  """The gradients by q, k, v (mask and seed have none), from what the forward pass found.
+
+  `saved` is q, k, v, mask, seed, out, norm; out and norm may be those of a softmax over more keys
+  than k, then these are its gradients. One sweep over the tiles: queries carry their gradient, the
+  keys' is added up in place.
+  """
   (q, k, v, mask, seed, out, norm), (d_out, d_norm) = saved, cotangents
   plan = _Plan.of(q, k, mask)
   keys, values = plan.cut_keys(k), plan.cut_keys(v)
@@ -141,7 +150,7 @@ def _backward(scores: Scores, saved, cotangents: tuple[jax.Array, jax.Array]):
   return plan.join_queries(dq), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, backward)
 
 
 def _dropout(plan: _Plan, scores: Scores, seed: jax.Array | None) -> Callable:

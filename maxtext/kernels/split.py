@@ -1,0 +1,88 @@
+"""A kernel on each device's part of rows, tokens and heads, as the layout in use splits them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from maxtext import sharding
+from maxtext.masks import Mask
+
+
+def length_is_split() -> bool:
+  """Whether the layout in use splits the length, and this is not yet a device's part."""
+  layout = _whole()
+  axes = () if layout is None else layout.rules.table.get("activation_length", ())
+  return layout is not None and any(layout.mesh.shape.get(axis, 1) > 1 for axis in axes)
+
+
+def _whole() -> sharding.Layout | None:
+  """The layout of arrays over several devices, where this is not yet a device's part."""
+  layout, manual = sharding.active(), jax.sharding.get_abstract_mesh().manual_axes
+  return None if layout is None or layout.mesh.size == 1 or manual else layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """The mesh axes that split q [b t h k] and k, v [b s g k], dimension by dimension."""
+
+  mesh: Mesh
+  q: PartitionSpec
+  kv: PartitionSpec
+
+  @classmethod
+  def of(cls, q: jax.Array, k: jax.Array) -> Split | None:
+    """The split of q and k, or None where they are whole: on one device, or already its part."""
+    if (layout := _whole()) is None:
+      return None
+    specs = (
+      layout.sharding(("activation_batch", "activation_length", heads, None), x.shape, name).spec
+      for x, heads, name in ((q, "activation_heads", "query"), (k, "activation_kv_heads", "key"))
+    )
+    return cls(layout.mesh, *specs)
+
+  @property
+  def length(self) -> tuple[str, ...]:
+    """The mesh axes that split the length."""
+    entry = self.q[1]
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+  def ways(self, dimension: int) -> int:
+    """Into how many parts a dimension of q is split."""
+    entry = self.q[dimension]
+    ways = 1
+    for axis in (entry,) if isinstance(entry, str) else entry or ():
+      ways *= self.mesh.shape[axis]
+    return ways
+
+  @property
+  def crossed(self) -> str | None:
+    """In words, that a device's query heads need key heads of other devices, if they do."""
+    if self.q[2] == self.kv[2]:
+      return None
+    return "query heads and key heads are not split over the same mesh axes"
+
+  def run(
+    self,
+    kernel: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    sink: jax.Array | None,
+  ) -> jax.Array:
+    """kernel(q, k, v, mask, sink) of each device's parts -> [b t h k].
+
+    Manual over the whole mesh: what is not split is on every device that shares it.
+    """
+    marks, heads = PartitionSpec(*self.q[:2]), PartitionSpec(self.q[2])
+    return jax.shard_map(
+      kernel,
+      mesh=self.mesh,
+      in_specs=(self.q, self.kv, self.kv, marks, heads),
+      out_specs=self.q,
+      check_vma=False,  # neither Pallas calls nor loops that start from constants pass the check
+    )(q, k, v, mask, sink)
