@@ -24,6 +24,9 @@ class Mask:
   (0: of none). Otherwise a query sees a key of its own document when the structure allows it:
   `causal` (key not after query), or `block` (key not in a later block of so many positions);
   `window` (`q - window < k`); and `chunk` (both in the same chunk of so many positions).
+
+  `ordered` claims that queries and keys are the same tokens, each document in one piece, and its
+  positions one apart: then the slots in which tokens stand say what a static schedule needs.
   """
 
   q_pos: jax.Array
@@ -36,13 +39,18 @@ class Mask:
   window: int | None = _static(None)
   chunk: int | None = _static(None)
   block: int | None = _static(None)
+  ordered: bool = _static(False)
 
   @classmethod
   def of(
-    cls, positions: jax.Array, segments: jax.Array | None = None, spans: jax.Array | None = None
+    cls,
+    positions: jax.Array,
+    segments: jax.Array | None = None,
+    spans: jax.Array | None = None,
+    ordered: bool = False,
   ) -> Mask:
     """The causal mask of tokens among themselves: positions, segments, spans [b t]."""
-    return cls(positions, positions, segments, segments, spans, spans)
+    return cls(positions, positions, segments, segments, spans, spans, ordered=ordered)
 
   def narrow(
     self,
@@ -59,7 +67,8 @@ class Mask:
     self, positions: jax.Array, segments: jax.Array | None, spans: jax.Array | None = None
   ) -> Mask:
     """The same queries over other keys [b s], those that a cache holds."""
-    return dataclasses.replace(self, kv_pos=positions, kv_seg=segments, kv_span=spans).marked()
+    other = dataclasses.replace(self, kv_pos=positions, kv_seg=segments, kv_span=spans)
+    return dataclasses.replace(other, ordered=False).marked()
 
   def marked(self) -> Mask:
     """The same mask with segments and spans given for queries and keys alike, or for neither."""

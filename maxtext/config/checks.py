@@ -147,6 +147,28 @@ NEEDS = (
     "rope_type",
     lambda c: _rope_type(c) in ("yarn", None),
   ),
+  Need(
+    tuple(key for key, section in SECTION_OF.items() if section == "kernel" and key[:3] == "sa_"),
+    "attention=flash or autoselected",
+    "attention",
+    lambda c: c.kernel.attention in ("flash", "autoselected"),
+  ),
+  Need(
+    ("context_parallel_strategy",),
+    "a parallelism over an axis that splits activation_length",
+    "logical_axis_rules",
+    lambda c: any(
+      getattr(c.mesh, key) != 1
+      for axis in c.mesh.logical_axis_rules.get("activation_length", ())
+      for key in c.mesh.keys(axis)
+    ),
+  ),
+  Need(
+    ("sa_block_q_dq", "sa_block_kv_dq"),
+    "sa_use_fused_bwd_kernel=false",
+    "sa_use_fused_bwd_kernel",
+    lambda c: not c.kernel.sa_use_fused_bwd_kernel,
+  ),
 )
 
 

@@ -12,6 +12,7 @@ import jax
 from maxtext.errors import ConfigError, closest
 from maxtext.kernels.context import attend_split
 from maxtext.kernels.held import Held, dense
+from maxtext.kernels.options import Blocks as Blocks
 from maxtext.kernels.options import Options
 from maxtext.kernels.split import length_is_split
 from maxtext.log import log
@@ -60,21 +61,25 @@ Unfit = Callable[..., str | None]
 
 _kernels: dict[str, tuple[Kernel, Unfit]] = {}
 _reads_held: set[str] = set()  # kernels that take keys and values as a cache holds them
+_tuned: set[str] = set()  # kernels that take blocks
 _announced: set[str] = set()
 
 
 def register(
-  name: str, unfit: Unfit = lambda *_: None, reads_held: bool = False
+  name: str, unfit: Unfit = lambda *_: None, reads_held: bool = False, tuned: bool = False
 ) -> Callable[[Kernel], Kernel]:
   """Register a kernel; `unfit` of the same arguments says why it cannot serve, or None.
 
-  One that `reads_held` is given keys and values of a cache as Held, not gathered from it.
+  One that `reads_held` is given keys and values of a cache as Held, not gathered from it. A `tuned`
+  one is given the keyword `blocks` too.
   """
 
   def add(kernel: Kernel) -> Kernel:
     _kernels[name] = (kernel, unfit)
     if reads_held:
       _reads_held.add(name)
+    if tuned:
+      _tuned.add(name)
     return kernel
 
   return add
@@ -111,13 +116,16 @@ def attend(
   kernel, unfit = _kernels[name]
   if why := unfit(*case):
     raise ConfigError("attention", f"{name!r} cannot serve this layer: {why}; use 'autoselected'")
-  return kernel(*case)
+  tuning: dict[str, Any] = {"blocks": options.blocks} if name in _tuned else {}
+  return kernel(*case, **tuning)
 
 
 def _choose(q: jax.Array, k: jax.Array, *rest: Any) -> str:
   """The first fit kernel in the order of preference for this shape, said once of each kernel."""
   tiles = q.shape[1] >= FEW and q.shape[1] * k.shape[1] >= LONG.get(platform(), LONG["elsewhere"])
   order = ["blockwise", "dot_product"] if tiles else ["dot_product", "blockwise"]
+  if q.shape[1] >= FEW:
+    order = [*FAST.get(platform(), ()), *order]
   passed: list[str] = []
   for name in order:
     if (why := _kernels[name][1](q, k, *rest)) is None:
@@ -134,12 +142,15 @@ def _choose(q: jax.Array, k: jax.Array, *rest: Any) -> str:
 # on CPU as scripts/benchmark_attention.py measures, elsewhere where scores are worth their memory.
 LONG = {"cpu": 128 * 128, "elsewhere": 1024 * 1024}
 FEW = 32
+FAST = {"tpu": ["flash"], "gpu": ["cudnn_flash"]}  # kernels of the hardware's own, tried first
 
 from maxtext.kernels import (  # noqa: E402, F401  (they register themselves)
   all_gather,
   blockwise,
+  cudnn,
   dot_product,
   ragged,
   ring,
+  splash,
   ulysses,
 )

@@ -250,7 +250,7 @@ def _twice(mask: Mask) -> Mask:
   """The mask of each query and a copy of it."""
   copy = lambda x: None if x is None else jnp.repeat(x, 2, axis=1)
   return dataclasses.replace(
-    mask, q_pos=copy(mask.q_pos), q_seg=copy(mask.q_seg), q_span=copy(mask.q_span)
+    mask, q_pos=copy(mask.q_pos), q_seg=copy(mask.q_seg), q_span=copy(mask.q_span), ordered=False
   )
 
 

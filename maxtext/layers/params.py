@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maxtext import sharding
+from maxtext import kernels, sharding
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 DenseInitializer = Callable[..., jax.Array]  # (key, shape, dtype, in_axis, out_axis)
@@ -21,7 +21,7 @@ DenseInitializer = Callable[..., jax.Array]  # (key, shape, dtype, in_axis, out_
 class Compute:
   """How layers compute, as opposed to what: dtypes, the attention kernel, and matmul precision.
 
-  `decode_kernel` attends for a lone query (None: as `kernel` does for all).
+  `decode_kernel` attends for lone queries (None: as `kernel` does for all).
 
   Activations and matmul inputs have `dtype`, parameters `weight_dtype`; norms, softmax sums, rotary
   angles and the loss are float32 always. `f32_scores` computes q.k in float32, `f32_logits` the
@@ -31,7 +31,7 @@ class Compute:
 
   dtype: jnp.dtype = jnp.dtype("float32")
   weight_dtype: jnp.dtype = jnp.dtype("float32")
-  kernel: str = "autoselected"
+  kernel: str | kernels.Options = "autoselected"
   decode_kernel: str | None = None
   matmul_precision: str | None = None
   f32_scores: bool = False

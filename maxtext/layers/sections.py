@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from maxtext.bounds import Whole
+from maxtext.bounds import LARGEST, Bound, Whole
 
 Float = Literal["float32", "bfloat16"]
+Side = Annotated[int, Bound(128, LARGEST)]
+TensorLayout = Literal["HEAD_DIM_MINOR", "SEQ_MINOR"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,4 +44,32 @@ class Memory:
 class Kernel:
   """Stands here, and not in kernels/, because importing that package imports jax."""
 
-  attention: Literal["autoselected", "dot_product", "blockwise", "ragged"]
+  attention: Literal["autoselected", "dot_product", "blockwise", "ragged", "flash", "cudnn_flash"]
+  context_parallel_strategy: Literal["all_gather", "ring", "ulysses"]
+  sa_block_q: Side
+  sa_block_kv: Side
+  sa_block_kv_compute: Side
+  sa_block_q_dkv: Side
+  sa_block_kv_dkv: Side
+  sa_block_kv_dkv_compute: Side
+  sa_block_q_dq: Side
+  sa_block_kv_dq: Side
+  sa_use_fused_bwd_kernel: bool
+  sa_q_layout: TensorLayout
+  sa_k_layout: TensorLayout
+  sa_v_layout: TensorLayout
+
+  def complaints(self) -> Iterator[tuple[str, ...]]:
+    for key in (field.name for field in dataclasses.fields(self)):
+      side = getattr(self, key)
+      if key.startswith("sa_block_") and side % 128:
+        near = max(1, round(side / 128)) * 128
+        yield key, f"{side} is not a multiple of 128, the width of a TPU's registers; use {near}"
+    for key in ("sa_block_kv", "sa_block_kv_dkv"):
+      side, part = getattr(self, key), getattr(self, f"{key}_compute")
+      if side % part:
+        yield (
+          f"{key}_compute",
+          f"{key}_compute={part} does not divide {key}={side}; use a divisor of it",
+          key,
+        )

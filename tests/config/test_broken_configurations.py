@@ -106,9 +106,21 @@ COMMAND_LINES = [
     "dot_product",
   ),
   (
-    "attention=flash",
-    "attention: 'flash' is not known (autoselected, dot_product, blockwise, ragged)",
+    "attention=paged",
+    "attention: 'paged' is not known",
+    "(autoselected, dot_product, blockwise, ragged, flash, cudnn_flash)",
   ),
+  ("sa_block_q=64", "sa_block_q: 64 is out of range; use at least 128"),
+  ("sa_block_q=700", "sa_block_q: 700 is not a multiple of 128", "use 640"),
+  (
+    "sa_block_kv_compute=384",
+    "sa_block_kv_compute=384 does not divide sa_block_kv=512; use a divisor",
+  ),
+  ("sa_block_kv_dkv=640", "sa_block_kv_dkv_compute=512 does not divide sa_block_kv_dkv=640"),
+  ("attention=dot_product sa_block_q=256", "an effect only with attention=flash or autoselected"),
+  ("sa_use_fused_bwd_kernel=true sa_block_q_dq=256", "only with sa_use_fused_bwd_kernel=false"),
+  ("context_parallel_strategy=ring", "only with a parallelism over an axis that splits"),
+  ("context_parallel_strategy=rign", "did you mean 'ring'?"),
   ("dtype=fp32", "dtype: 'fp32' is not known", "(float32, bfloat16)"),
   ("opt_type=adam", "opt_type: 'adam' is not known, did you mean 'adamw'? (adamw, sgd)"),
   ("lr_schedule_type=cosin", "did you mean 'cosine'?"),
@@ -598,7 +610,7 @@ def test_all_complaints_come_at_once_in_the_order_of_their_places(refused):
   run = "steps: ten\nlearning_rat: 1\nbase_config: low.yml\n"
   lines = refused(
     "run.yml",
-    "attention=flash",
+    "attention=paged",
     "--debug=true",
     files={"run.yml": run, "low.yml": "packing: 7\n"},
     environ={"M_DTYPE": "int8"},

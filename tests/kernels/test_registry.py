@@ -70,6 +70,30 @@ def test_one_query_over_a_long_cache_takes_the_plain_product():
   assert chosen_for(64, 1024) == "blockwise"
 
 
+@pytest.mark.parametrize("platform, first", [("tpu", "flash"), ("gpu", "cudnn_flash")])
+def test_the_hardwares_own_kernel_comes_first_where_it_is_fit(platform, first, monkeypatch, caplog):
+  for module in (kernels, kernels.splash, kernels.cudnn):
+    monkeypatch.setattr(module, "platform", lambda: platform)
+  monkeypatch.setattr(kernels, "_announced", set())
+  monkeypatch.setattr(kernels.log, "propagate", True)
+  like = jax.ShapeDtypeStruct
+  q, kv = (like((1, 2048, heads, 64), jnp.bfloat16) for heads in (2, 1))
+  tokens = like((1, 2048), jnp.int32)
+  fit = Mask.of(tokens, tokens, ordered=True)
+  with caplog.at_level(logging.INFO, "maxtext"):
+    assert kernels._choose(q, kv, kv, fit, kernels.Scores(0.5), None, None) == first
+    seed = like((2,), jnp.uint32)
+    assert kernels._choose(q, kv, kv, fit, kernels.Scores(0.5), None, seed) == "blockwise"
+  shape = "for queries x keys = 2048 x 2048"
+  passed, passed_over = caplog.messages
+  assert passed == f"attention: {first} {shape}"
+  assert passed_over.startswith(f"attention: blockwise {shape}; not {first}: it has no dropout")
+  decoding = Mask(like((1, 1), jnp.int32), tokens)
+  query = like((1, 1, 2, 64), jnp.bfloat16)
+  chosen = kernels._choose(query, kv, kv, decoding, kernels.Scores(0.5), None, None)
+  assert chosen == "dot_product"  # few queries
+
+
 def chosen_for(queries, keys):
   like = jax.ShapeDtypeStruct
   q, kv = like((1, queries, 2, 4), jnp.float32), like((1, keys, 1, 4), jnp.float32)
