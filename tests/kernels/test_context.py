@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from maxtext import sharding
 from maxtext.errors import ConfigError
-from maxtext.kernels import Options, Scores, attend, blockwise
+from maxtext.kernels import OUT, Options, Scores, attend, blockwise
 from maxtext.masks import Mask
 
 HASTY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -217,3 +217,27 @@ def test_a_length_that_is_whole_needs_no_strategy():
     options = Options("dot_product", context=context)
     ours = run(options, arrays, mask, dropping, None, whole, seed)
     assert_equal(ours, run("dot_product", arrays, mask, dropping, seed=seed))
+
+
+def test_a_layer_that_is_computed_again_can_keep_what_the_ring_has_found():
+  """Loops over the ring: forward, backward, and forward once more where nothing is kept."""
+  q, k, v, cotangent = draw()
+  mask, scores, _ = CASES["balanced order"]
+  how = Options(context="ring")
+
+  def loss(q, policy):
+    def layer(x, scale):
+      return x + attend(how, x * scale, k, v, mask, scores), None
+
+    body = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    return (jax.lax.scan(body, q, jnp.array([0.5, 1.0, 2.0]))[0] * cotangent).sum()
+
+  loops, found = {}, []
+  keep = jax.checkpoint_policies.save_only_these_names(OUT)
+  with sharding.use(layout("fsdp 2 context 4")):
+    for name, policy in (("again", None), ("keep", keep)):
+      step = jax.grad(functools.partial(loss, policy=policy))
+      found.append(jax.jit(step, compiler_options=HASTY)(q))
+      loops[name] = str(jax.make_jaxpr(step)(q)).count("length=3")  # steps of the ring, and layers
+  assert_equal(found[:1], found[1:])
+  assert loops["again"] - loops["keep"] == 1
