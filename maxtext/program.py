@@ -191,30 +191,11 @@ def _compute(config: Config) -> Compute:
   return Compute(
     dtype=jnp.dtype(precision.dtype),
     weight_dtype=jnp.dtype(precision.weight_dtype),
-    kernel=_attention(config),
+    kernel=kernels.Options.of(config.kernel.attention, functools.partial(getattr, config.kernel)),
     matmul_precision=None if named == "default" else named,
     f32_scores=precision.float32_qk_product,
     f32_logits=precision.logits_dot_in_fp32,
   )
-
-
-def _attention(config: Config) -> kernels.Options:
-  section = config.kernel
-  blocks = kernels.Blocks(
-    q=section.sa_block_q,
-    kv=section.sa_block_kv,
-    kv_compute=section.sa_block_kv_compute,
-    q_dkv=section.sa_block_q_dkv,
-    kv_dkv=section.sa_block_kv_dkv,
-    kv_dkv_compute=section.sa_block_kv_dkv_compute,
-    q_dq=section.sa_block_q_dq,
-    kv_dq=section.sa_block_kv_dq,
-    fused_backward=section.sa_use_fused_bwd_kernel,
-    q_layout=section.sa_q_layout,
-    k_layout=section.sa_k_layout,
-    v_layout=section.sa_v_layout,
-  )
-  return kernels.Options(section.attention, blocks, section.context_parallel_strategy)
 
 
 def _step_rules(config: Config) -> steps.Rules:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,3 +56,16 @@ class Options:
   kernel: str = "autoselected"
   blocks: Blocks = Blocks()
   context: str | None = None
+
+  @classmethod
+  def of(cls, kernel: str, setting: Callable[[str, Any], Any]) -> Options:
+    """The options that a configuration gives, where `setting(key, default)` looks a key up."""
+    blocks = {}
+    for field in dataclasses.fields(Blocks):
+      block, own = f"sa_block_{field.name}", f"sa_{field.name}"
+      key = _KEYS.get(field.name) or (own if field.name.endswith("layout") else block)
+      blocks[field.name] = setting(key, field.default)
+    return cls(kernel, Blocks(**blocks), setting("context_parallel_strategy", None))
+
+
+_KEYS = {"fused_backward": "sa_use_fused_bwd_kernel"}

@@ -135,9 +135,8 @@ class Attention(GroupedAttention):
       raise ConfigError("attention_type", f"{AttentionType(attention_type).value!r}: {wanted}")
     width, kv_width = inputs_q_shape[-1], inputs_kv_shape[-1]
     super().__init__(given.spec(), width, given.compute(), rngs, kernel_init, kv_width)
-    self.kv_cache = (
-      None if model_mode == "train" else nnx.Cache(self.init_kv_caches(inputs_kv_shape))
-    )
+    own = model_mode != "train" and self.cache_kind is not Serving
+    self.kv_cache = nnx.Cache(self.init_kv_caches(inputs_kv_shape)) if own else None
 
   def convert_dense_general_inputs_shape(
     self, inputs_shape: Sequence[int], axis: Iterable[int] | int = -1
@@ -279,7 +278,7 @@ class Attention(GroupedAttention):
     q_pos = order(inputs_q_shape) if plain else positions
     spans = None if both_ways is None else _runs(both_ways)
     if inputs_kv_shape[1] == inputs_q_shape[1]:
-      return Mask.of(q_pos, segments, spans)
+      return Mask.of(q_pos, segments, spans, ordered=positions is None)
     if segments is not None or spans is not None:
       raise ConfigError("decoder_segment_ids", "are of one sequence; inputs_kv has another length")
     return Mask(q_pos, order(inputs_kv_shape))
@@ -290,7 +289,7 @@ class Attention(GroupedAttention):
     """What a call with so many rows appends to; None in training."""
     if mode == "train":
       return None
-    if self.compute.kernel == "vllm_rpa":
+    if self.cache_kind is Serving:
       return serving
     cache = self._opened(mode, previous_chunk is None and slot is None, rows)
     if slot is None:

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from maxtext import sharding
 from maxtext.caches import PagedCache, PromptCache, RowCache, Storage, axis_order
 from maxtext.errors import ConfigError, closest
+from maxtext.kernels import Options
 from maxtext.layers.grouped import Names
 from maxtext.layers.params import Compute
+from maxtext.layers.vllm import Serving
 from maxtext.specs import (
   ROPE_TYPES,
   AttentionSpec,
@@ -96,6 +98,8 @@ class Keywords:
 
   def cache_kind(self) -> type:
     """The cache that suits what computes attention."""
+    if self.attention_kernel == "vllm_rpa":
+      return Serving
     if self.attention_kernel == "paged":
       return PagedCache
     return RowCache if self.use_ragged_attention else PromptCache
@@ -250,7 +254,7 @@ class Keywords:
     return Compute(
       dtype=jnp.dtype(self.dtype),
       weight_dtype=jnp.dtype(self.weight_dtype),
-      kernel=kernel,
+      kernel=Options.of(kernel, self.setting),
       decode_kernel=decode_kernel,
       matmul_precision=None if precision == "default" else precision,
       f32_scores=self.float32_qk_product,
