@@ -10,9 +10,10 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -21,6 +22,7 @@ from maxtext import mesh as meshes
 from maxtext.errors import ConfigError, closest
 
 Axes = Sequence[str | None]
+Entry = str | tuple[str, ...] | None  # of a PartitionSpec: the mesh axes of one dimension
 
 
 def make_mesh(section: meshes.Mesh, devices: Sequence[jax.Device]) -> Mesh:
@@ -60,7 +62,7 @@ class Rules:
     would split two dimensions, and for a dimension that does not divide.
     """
     used: dict[str, str | None] = {}
-    spec: list[str | tuple[str, ...] | None] = []
+    spec: list[Entry] = []
     for axis, size in zip(axes, shape, strict=True):
       if axis is not None and axis not in self.table:
         raise ConfigError("logical_axis_rules", f"no rule for {axis!r}{closest(axis, self.table)}")
@@ -81,7 +83,7 @@ class Rules:
           f"{' x '.join(taken)} = {ways}; use a size that is a multiple of {ways}, or a "
           f"parallelism of {math.gcd(size, ways)}",
         )
-      spec.append(None if not taken else taken[0] if len(taken) == 1 else taken)
+      spec.append(_entry(taken))
     return PartitionSpec(*spec)
 
 
@@ -98,21 +100,29 @@ class Layout:
 
   def gathered(self, axes: Axes, shape: Sequence[int]) -> NamedSharding:
     """Where a parameter stands in use: whole along every mesh axis that splits the batch."""
-    spec = self.rules.spec(axes, self.mesh.shape, shape)
-    batch = self.rules.table.get("activation_batch", ())
+    split = self.rules.spec(axes, self.mesh.shape, shape)
+    left = [tuple(m for m in _names(entry) if m not in self.batch_axes) for entry in split]
+    return NamedSharding(self.mesh, PartitionSpec(*map(_entry, left)))
 
-    def keep(entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-      left = tuple(
-        m for m in ((entry,) if isinstance(entry, str) else entry or ()) if m not in batch
-      )
-      return None if not left else left[0] if len(left) == 1 else left
+  def shares(self, axes: Axes, shape: Sequence[int]) -> tuple[list[tuple[str, ...]], PartitionSpec]:
+    """The mesh axes that gathering a parameter leaves out, by dimension; and how the parameter is
+    split when they come innermost.
+    """
+    split = map(_names, self.rules.spec(axes, self.mesh.shape, shape))
+    new = [tuple(m for m in names if m in self.batch_axes) for names in split]
+    kept = map(_names, self.gathered(axes, shape).spec)
+    return new, PartitionSpec(*(_entry(old + more) for old, more in zip(kept, new)))
 
-    return NamedSharding(self.mesh, PartitionSpec(*map(keep, spec)))
+  @property
+  def batch_axes(self) -> tuple[str, ...]:
+    """The mesh axes that split the batch, outermost first."""
+    axes = self.rules.table.get("activation_batch", ())
+    return tuple(m for m in axes if self.mesh.shape.get(m, 1) > 1)
 
   @property
   def batch_ways(self) -> int:
     """Into how many parts the batch is split."""
-    return math.prod(self.mesh.shape.get(m, 1) for m in self.rules.table["activation_batch"])
+    return math.prod(self.mesh.shape[m] for m in self.batch_axes)
 
 
 _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
@@ -120,7 +130,7 @@ _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout"
 
 @contextlib.contextmanager
 def use(layout: Layout | None) -> Iterator[None]:
-  """While inside, traced `constrain`, `gather` and `scatter` place arrays by `layout`."""
+  """While inside, what is traced of the functions below places arrays by `layout`."""
   token = _active.set(layout)
   try:
     yield
@@ -154,7 +164,94 @@ def gather(w: jax.Array, axes: Axes) -> jax.Array:
   """
   if (layout := _active.get()) is None or layout.mesh.size == 1:
     return w
-  return jax.lax.with_sharding_constraint(w, layout.gathered(axes, w.shape))
+  whole = layout.gathered(axes, w.shape)
+  new, place = layout.shares(axes, w.shape)
+
+  def join(w: jax.Array) -> jax.Array:
+    for i, names in enumerate(new):
+      w = _join(w, names, i) if names else w
+    return w
+
+  if any(new):
+    w = jax.shard_map(
+      join, mesh=layout.mesh, in_specs=place, out_specs=whole.spec, check_vma=False
+    )(w)
+  return jax.lax.with_sharding_constraint(w, whole)
+
+
+def partial(product: Callable[..., jax.Array], axes: Axes, *rows: jax.Array) -> jax.Array:
+  """product(*rows) for every share of the batch by itself -> [ways ...], each where its rows are.
+
+  `rows` are [b ...]; the product has the shape of a parameter with these axes, and is a sum over
+  the batch once `scatter` has added the shares up.
+  """
+  layout = _active.get()
+  if layout is None or not (batch := layout.batch_axes):
+    return product(*rows)[None]
+
+  def one(*rows: jax.Array) -> jax.Array:
+    share = product(*rows)
+    place = layout.gathered(axes, share.shape).spec
+    return jax.lax.with_sharding_constraint(share, place)[None]
+
+  place = PartitionSpec(batch)
+  return jax.shard_map(
+    one,
+    mesh=layout.mesh,
+    in_specs=place,
+    out_specs=place,
+    axis_names=set(batch),  # over the other axes it stays one program
+    check_vma=False,
+  )(*rows)
+
+
+def scatter(shares: jax.Array, axes: Axes) -> jax.Array:
+  """The sum of the `partial` products of a parameter with these axes, split as the parameter is.
+
+  Of what it is asked to add up and split, XLA's partitioner would make the whole sum on every
+  device first: here no device receives more than its own part.
+  """
+  layout, shape = _active.get(), shares.shape[1:]
+  if layout is None or not (batch := layout.batch_axes):
+    return constrain(shares[0], *axes)
+  new, place = layout.shares(axes, shape)
+  rest = tuple(m for m in batch if not any(m in names for names in new))
+
+  def add(shares: jax.Array) -> jax.Array:
+    total = shares[0]
+    for i, names in enumerate(new):
+      total = _add_and_split(total, names, i) if names else total
+    return jax.lax.psum(total, rest) if rest else total
+
+  total = jax.shard_map(
+    add,
+    mesh=layout.mesh,
+    in_specs=PartitionSpec(batch, *layout.gathered(axes, shape).spec),
+    out_specs=place,
+    check_vma=False,
+  )(shares)
+  return constrain(total, *axes)
+
+
+def _join(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
+  """All shares of x over these mesh axes, side by side along a dimension.
+
+  What is sent are whole blocks: along any dimension but the first, XLA would transpose every
+  element before and after.
+  """
+  blocks = jnp.moveaxis(jax.lax.all_gather(x, names), 0, dimension)
+  size = blocks.shape[dimension] * x.shape[dimension]
+  return blocks.reshape(*x.shape[:dimension], size, *x.shape[dimension + 1 :])
+
+
+def _add_and_split(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
+  """Each device's share, along a dimension, of the sum of x over these mesh axes; as `_join`
+  sends.
+  """
+  ways = jax.lax.axis_size(names)
+  size = x.shape[dimension] // ways
+  blocks = x.reshape(*x.shape[:dimension], ways, size, *x.shape[dimension + 1 :])
+  return jax.lax.psum_scatter(jnp.moveaxis(blocks, dimension, 0), names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +279,7 @@ def table(params: Mapping[str, Declared], layout: Layout, tolerance: float) -> s
   rows, used, total, whole = [], set(layout.rules.table["activation_batch"]), 0, []
   for name, p in params.items():
     spec = layout.rules.spec(p.axes, layout.mesh.shape, p.shape, name)
-    split = [m for entry in spec if entry for m in ((entry,) if isinstance(entry, str) else entry)]
+    split = [m for entry in spec for m in _names(entry)]
     bytes_all = math.prod(p.shape) * p.dtype.itemsize
     bytes_here = bytes_all // math.prod(layout.mesh.shape[m] for m in split)
     rows.append(
@@ -209,8 +306,15 @@ def table(params: Mapping[str, Declared], layout: Layout, tolerance: float) -> s
   return "\n".join(lines)
 
 
+def _names(entry: Entry) -> tuple[str, ...]:
+  """The mesh axes of one dimension."""
+  return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def _entry(names: tuple[str, ...]) -> Entry:
+  """The same as a PartitionSpec spells them."""
+  return None if not names else names[0] if len(names) == 1 else names
+
+
 def _spell(spec: PartitionSpec) -> str:
-  return " ".join(
-    "-" if entry is None else "+".join([entry] if isinstance(entry, str) else entry)
-    for entry in spec
-  )
+  return " ".join("+".join(_names(entry)) or "-" for entry in spec)

@@ -89,8 +89,11 @@ def _dot_backward(equation, axes, precision, saved, g):
   dx = jnp.einsum(
     f"{out},{b}->{a}", g, sharding.gather(w.astype(x.dtype), axes), precision=precision
   )
-  dw = jnp.einsum(f"{a},{out}->{b}", x, g, precision=precision, preferred_element_type=jnp.float32)
-  return dx, sharding.constrain(dw.astype(w.dtype), *axes)
+  product = functools.partial(
+    jnp.einsum, f"{a},{out}->{b}", precision=precision, preferred_element_type=jnp.float32
+  )
+  dw = sharding.scatter(sharding.partial(product, axes, x, g), axes)
+  return dx, dw.astype(w.dtype)
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
@@ -112,9 +115,12 @@ def _lookup_forward(axes, shape, dtype, w, rows):
 
 def _lookup_backward(axes, shape, dtype, saved, g):
   rows, like = saved
-  dw = jnp.zeros(shape, jnp.float32).at[rows].add(g.astype(jnp.float32))
-  dw = sharding.gather(dw, axes)  # added up where the tokens are; only then split as the table is
-  return sharding.constrain(dw.astype(like.dtype), *axes), None
+
+  def add(rows: jax.Array, g: jax.Array) -> jax.Array:
+    return jnp.zeros(shape, jnp.float32).at[rows].add(g.astype(jnp.float32))
+
+  dw = sharding.scatter(sharding.partial(add, axes, rows, g), axes)
+  return dw.astype(like.dtype), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)

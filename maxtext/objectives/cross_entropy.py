@@ -64,21 +64,20 @@ def _forward(head: Head, x: jax.Array, w: jax.Array, targets: jax.Array, weights
   used = sharding.gather(w.astype(x.dtype), head.axes)
   a, b, out = head.equation.replace("->", ",").split(",")
 
+  product = functools.partial(
+    jnp.einsum, f"{a},{out}->{b}", precision=head.precision, preferred_element_type=jnp.float32
+  )
+
   def tile(carry: tuple[Sums, jax.Array], part: tuple):
-    sums, dw = carry
+    sums, shares = carry
     new, dlogits = _tile(head, used, *part)
     dx = jnp.einsum(f"{out},{b}->{a}", dlogits, used, precision=head.precision)
-    more = jnp.einsum(
-      f"{a},{out}->{b}",
-      part[0],
-      dlogits,
-      precision=head.precision,
-      preferred_element_type=jnp.float32,
-    )
-    return (_add(sums, new), sharding.constrain(dw + more, *head.axes)), dx
+    more = sharding.partial(product, head.axes, part[0], dlogits)
+    return (_add(sums, new), shares + more), dx
 
-  start = (_zeros(), sharding.constrain(jnp.zeros(w.shape, jnp.float32), *head.axes))
-  (sums, dw), dx = lax.scan(tile, start, _cut(head, x, targets, weights))
+  none = sharding.partial(lambda x: jnp.zeros(w.shape, jnp.float32), head.axes, x)
+  (sums, shares), dx = lax.scan(tile, (_zeros(), none), _cut(head, x, targets, weights))
+  dw = sharding.scatter(shares, head.axes)
   return sums, (_join(dx), dw.astype(w.dtype))
 
 
