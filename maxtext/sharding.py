@@ -233,6 +233,73 @@ def scatter(shares: jax.Array, axes: Axes) -> jax.Array:
   return constrain(total, *axes)
 
 
+def take_rows(w: jax.Array, axes: Axes, rows: jax.Array) -> jax.Array:
+  """Rows [b t] of a table [v d] -> [b t d]. The rows that are asked for travel, not the table."""
+  layout = _active.get()
+  if layout is None or layout.batch_ways == 1 or rows.shape[0] % layout.batch_ways:
+    return gather(w, axes)[rows]
+  (joined, moved), place = layout.shares(axes, w.shape)
+  split, kept = layout.gathered(axes, w.shape).spec
+
+  def take(w: jax.Array, rows: jax.Array) -> jax.Array:
+    w = _join(w, joined, 0) if joined else w
+    rows = jax.lax.all_gather(rows, moved) if moved else rows
+    y = w.at[_own(rows, w.shape[0], _names(split))].get(mode="fill", fill_value=0)
+    y = jax.lax.psum(y, _names(split)) if split else y
+    if not moved:
+      return y
+    y = jnp.moveaxis(jax.lax.all_to_all(y, moved, 0, 0), 0, 2)  # [b t ways d/ways]
+    return y.reshape(*y.shape[:2], y.shape[2] * y.shape[3])
+
+  batch = layout.batch_axes
+  return jax.shard_map(
+    take,
+    mesh=layout.mesh,
+    in_specs=(place, PartitionSpec(batch)),
+    out_specs=PartitionSpec(batch, None, kept),
+    check_vma=False,
+  )(w, rows)
+
+
+def add_rows(g: jax.Array, axes: Axes, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """g [b t d] added up in float32 in the rows [b t] of a table [v d] that is otherwise zero."""
+  layout = _active.get()
+  if layout is None or layout.batch_ways == 1:
+    return constrain(jnp.zeros(shape, jnp.float32).at[rows].add(g.astype(jnp.float32)), *axes)
+  (joined, moved), place = layout.shares(axes, shape)
+  split, kept = layout.gathered(axes, shape).spec
+  rest = tuple(m for m in layout.batch_axes if m not in (*joined, *moved))
+  height = shape[0] // math.prod(layout.mesh.shape[m] for m in _names(split))
+
+  def add(g: jax.Array, rows: jax.Array) -> jax.Array:
+    if moved:
+      ways = jax.lax.axis_size(moved)
+      g = g.reshape(*g.shape[:2], ways, g.shape[2] // ways)
+      g = jax.lax.all_to_all(jnp.moveaxis(g, 2, 0), moved, 0, 0)
+      rows = jax.lax.all_gather(rows, moved)
+    total = jnp.zeros((height, g.shape[-1]), jnp.float32)
+    own = _own(rows, height, _names(split))
+    total = total.at[own].add(g.astype(jnp.float32), mode="drop")
+    total = _add_and_split(total, joined, 0) if joined else total
+    return jax.lax.psum(total, rest) if rest else total
+
+  batch = layout.batch_axes
+  total = jax.shard_map(
+    add,
+    mesh=layout.mesh,
+    in_specs=(PartitionSpec(batch, None, kept), PartitionSpec(batch)),
+    out_specs=place,
+    check_vma=False,
+  )(g, rows)
+  return constrain(total, *axes)
+
+
+def _own(rows: jax.Array, height: int, names: tuple[str, ...]) -> jax.Array:
+  """Where rows of a table stand in this device's `height` of them; `height` for those of others."""
+  at = rows - jax.lax.axis_index(names) * height if names else rows
+  return jnp.where((at < 0) | (at >= height), height, at)
+
+
 def _join(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
   """All shares of x over these mesh axes, side by side along a dimension.
 

@@ -106,7 +106,7 @@ def lookup(p: nnx.Param, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _lookup(axes, shape, dtype, w, rows):
-  return sharding.gather(w.astype(dtype), axes)[rows]
+  return sharding.take_rows(w.astype(dtype), axes, rows)
 
 
 def _lookup_forward(axes, shape, dtype, w, rows):
@@ -115,11 +115,7 @@ def _lookup_forward(axes, shape, dtype, w, rows):
 
 def _lookup_backward(axes, shape, dtype, saved, g):
   rows, like = saved
-
-  def add(rows: jax.Array, g: jax.Array) -> jax.Array:
-    return jnp.zeros(shape, jnp.float32).at[rows].add(g.astype(jnp.float32))
-
-  dw = sharding.scatter(sharding.partial(add, axes, rows, g), axes)
+  dw = sharding.add_rows(g, axes, rows, shape)
   return dw.astype(like.dtype), None
 
 
