@@ -175,7 +175,8 @@ def padded(vocabulary: int) -> int:
 def _tiles(config: Config, layout: sharding.Layout, spec: DecoderSpec) -> int:
   """Into how many parts of the length the loss is cut: as asked, else so that one is within TILE.
 
-  Where the batch is split it is one: each tile would sum its gradient over all devices.
+  Where the batch is split it is one: each tile adds to a gradient as large as the parameter before
+  it is split, which costs more than it saves (4 tiles on fsdp 4 x tensor 2: 1.08 of one).
   """
   length = config.training.max_target_length
   if config.memory.num_vocab_tiling or layout.batch_ways > 1:

@@ -113,7 +113,7 @@ def everything(params, xs, ids):
     )  # sin: a cotangent that differs from place to place
   rows = lookup(nnx.Param(params["tied head"], axes=("vocab", "embed")), ids, jnp.float32)
   rows = sharding.constrain(rows, *activation("embed"))
-  head = Head("btd,dv->btv", ("embed", "vocab"), z_loss=1e-2)
+  head = Head("btd,dv->btv", ("embed", "vocab"), z_loss=1e-2, tiles=min(2, ids.shape[1]))
   loss, *_ = cross_entropy(head, xs["head"], params["head"], ids, jnp.ones(ids.shape))
   return total + jnp.sin(rows).sum() + loss, outs | {"rows": rows, "loss": loss}
 

@@ -1,0 +1,81 @@
+"""What the compiled step sends between devices, read from the text that XLA compiled: the gradient
+of a weight is added up by one reduce-scatter, never whole on every device.
+"""
+
+import functools
+import math
+import re
+
+import jax
+import pytest
+
+from maxtext import config, program
+
+ROWS, LENGTH = 4, 4  # few tokens: an activation is smaller than the smallest weight
+KEYS = (
+  "run_name=collectives dtype=float32 vocab_size=320 base_emb_dim=32 base_num_query_heads=4 "
+  "base_num_kv_heads=2 base_mlp_dim=64 base_num_decoder_layers=2 steps=10 "
+  f"per_device_batch_size=0.5 max_target_length={LENGTH}"
+).split()
+FSDP, TENSOR = 4, 2  # both split every weight, fsdp alone the batch
+MESH = (f"ici_fsdp_parallelism={FSDP}", f"ici_tensor_parallelism={TENSOR}")
+
+
+@functools.cache
+def compiled(*keys):
+  built = program.build(config.load([*KEYS, *MESH, *keys], {}), jax.devices()[:8])
+  return built, built.step.lower(built.state, built.batch(ROWS)).compile().as_text()
+
+
+def collectives(text, kind):
+  """The elements of every array that a collective of this kind makes on a device, and the name of
+  the operation it comes from.
+  """
+  found = []
+  for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+    if made := re.search(rf" = (.*?) {kind}(-start)?\(", line):
+      name = re.search(r'op_name="([^"]*)"', line)
+      for dims in re.findall(r"[a-z]\w*\[([\d,]*)\]", made[1]):
+        size = math.prod(int(d) for d in dims.split(",") if d)
+        found.append((size, name[1] if name else ""))
+  return found
+
+
+def contracted(built):
+  """Elements of every parameter that is contracted, of a single layer, by name."""
+  return {
+    name: math.prod(p.shape) // (p.shape[0] if p.axes[0] == "layers" else 1)
+    for name, p in built.plan.declared.items()
+    if name != "embedding" and len(set(p.axes) - {"layers"}) > 1
+  }
+
+
+@pytest.mark.parametrize("policy", ["none", "minimal_with_context", "full"])
+def test_every_gradient_of_a_weight_is_added_up_by_one_reduce_scatter(policy):
+  built, text = compiled(f"remat_policy={policy}")
+  weights = contracted(built)
+  assert len(weights) == 8, weights  # four of attention, three of the mlp, and the unembedding
+  parts = sorted(size // (FSDP * TENSOR) for size in weights.values())
+  assert sorted(size for size, _ in collectives(text, "reduce-scatter")) == parts
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_no_gradient_of_a_weight_is_added_up_whole(tiles):
+  built, text = compiled("remat_policy=full", f"num_vocab_tiling={tiles}")
+  whole = min(contracted(built).values()) // TENSOR  # what a device adds up before it is split
+  assert 0 < max(size for size, _ in collectives(text, "all-reduce")) < whole
+
+
+def test_the_gradient_of_the_unembedding_is_added_up_once_for_all_tiles():
+  built, text = compiled("remat_policy=full", "num_vocab_tiling=2")
+  part = contracted(built)["unembedding"] // (FSDP * TENSOR)
+  names = [name for size, name in collectives(text, "reduce-scatter") if size == part]
+  assert len(names) == 1 and "while" not in names[0]
+
+
+def test_a_table_is_not_gathered_for_a_lookup():
+  """Twice the unembedding is what a table gathered as well would be."""
+  built, text = compiled("remat_policy=full")
+  whole = contracted(built)["unembedding"] // TENSOR
+  gathered = [size for size, _ in collectives(text, "all-gather")]
+  assert sum(size >= whole for size in gathered) == 1
