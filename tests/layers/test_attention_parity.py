@@ -127,7 +127,7 @@ def assert_equal(layer: nnx.Module, their: Twin, packed: bool = True, **structur
   ours, _ = nnx.jit(lambda layer, x, mask: layer(x, mask))(layer, jnp.asarray(x), mask)
   theirs = their(x, positions, seen)
   assert np.abs(theirs).max() > 0.1  # there is something to compare
-  np.testing.assert_allclose(ours, theirs, rtol=0, atol=NOISE * max(1, np.abs(theirs).max()))
+  np.testing.assert_allclose(ours, theirs, rtol=0, atol=NOISE)
 
 
 def grouped(**more) -> AttentionSpec:

@@ -222,6 +222,8 @@ FUSED = types.SimpleNamespace(rope_max_timescale=100, fused_qkv=True)
 YARN = types.SimpleNamespace(
   rope_max_timescale=100, original_max_position_embeddings=16, rope_factor=4
 )
+PARTIAL = types.SimpleNamespace(rope_max_timescale=100, partial_rotary_factor=0.5)
+LOCAL = types.SimpleNamespace(rope_max_timescale=100, local_rope_max_timescale=20)
 SLIDING = {"attention_type": AttentionType.LOCAL_SLIDING, "sliding_window_size": 5}
 LATENTS = {"attention_type": AttentionType.MLA, "num_kv_heads": 4, "head_dim": 10}
 MODES = {
@@ -242,6 +244,8 @@ MODES = {
   "other orders": {"prefill_cache_axis_order": (2, 0, 3, 1), "ar_cache_axis_order": (0, 1, 2, 3)},
   "long wavelengths": {"rope_type": "llama3.1"},
   "yarn": {"rope_type": "yarn", "config": YARN},
+  "some channels": {"config": PARTIAL},
+  "a theta of its own": SLIDING | {"config": LOCAL},
   "fused": {"config": FUSED},
   "ragged": {"use_ragged_attention": True, "ragged_block_size": 8},
   "ragged, sliding, sinks": SLIDING | {"use_ragged_attention": True, "config": SINK},

@@ -1,0 +1,34 @@
+"""The TPU's compiler takes the flash kernel, alone and around a split length, with its gradients.
+
+No TPU is needed: libtpu compiles for a described topology. It is installed into an environment of
+its own, since a process that finds it looks for a TPU.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from end_to_end.runs import Process, check, report
+
+ROOT = Path(__file__).parents[1]
+TEST = "tests/kernels/test_splash.py"
+
+
+def main() -> None:
+  with tempfile.TemporaryDirectory() as place:
+    python = str(Path(place) / "bin/python")
+    subprocess.run([sys.executable, "-m", "venv", place], check=True)
+    pins = ["--constraint", str(ROOT / "constraints.txt")]
+    install = [python, "-m", "pip", "install", "--quiet", *pins, "-e", f"{ROOT}[tpu]", "pytest"]
+    Process(install, directory=ROOT).ends(0, patience=900)
+    run = [python, "-m", "pytest", "-rs", "-k", "compiles_for_a_tpu", TEST]
+    output = Process(run, directory=ROOT).ends(0, patience=600)
+    check("1 passed" in output, f"the test did not run:\n{output[-1000:]}")
+    print("  v5e 2x2: forward and gradient of flash, of ulysses with flash, and of ring")
+
+
+if __name__ == "__main__":
+  report(main)
