@@ -60,12 +60,23 @@ class Options:
   @classmethod
   def of(cls, kernel: str, setting: Callable[[str, Any], Any]) -> Options:
     """The options that a configuration gives, where `setting(key, default)` looks a key up."""
-    blocks = {}
-    for field in dataclasses.fields(Blocks):
-      block, own = f"sa_block_{field.name}", f"sa_{field.name}"
-      key = _KEYS.get(field.name) or (own if field.name.endswith("layout") else block)
-      blocks[field.name] = setting(key, field.default)
-    return cls(kernel, Blocks(**blocks), setting("context_parallel_strategy", None))
+    plain = Blocks()
+    blocks = {name: setting(key, getattr(plain, name)) for name, key in KEYS.items()}
+    return cls(kernel, Blocks(**blocks), setting(CONTEXT, None))
 
 
-_KEYS = {"fused_backward": "sa_use_fused_bwd_kernel"}
+CONTEXT = "context_parallel_strategy"
+KEYS = {  # field of Blocks -> the key that sets it
+  "q": "sa_block_q",
+  "kv": "sa_block_kv",
+  "kv_compute": "sa_block_kv_compute",
+  "q_dkv": "sa_block_q_dkv",
+  "kv_dkv": "sa_block_kv_dkv",
+  "kv_dkv_compute": "sa_block_kv_dkv_compute",
+  "q_dq": "sa_block_q_dq",
+  "kv_dq": "sa_block_kv_dq",
+  "fused_backward": "sa_use_fused_bwd_kernel",
+  "q_layout": "sa_q_layout",
+  "k_layout": "sa_k_layout",
+  "v_layout": "sa_v_layout",
+}

@@ -16,6 +16,7 @@ from maxtext.config.sections import HINTS, SECTION_OF, SECTIONS, hint_of
 from maxtext.config.values import coerce, words
 from maxtext.data import tokenizers
 from maxtext.explain import meanings
+from maxtext.kernels import options
 
 BASE = documents.PACKAGED / "base.yml"
 
@@ -73,6 +74,7 @@ def test_every_key_is_read_somewhere():
   blocks = "".join(p.read_text() for p in (documents.PACKAGED / "decoder_blocks").glob("*.yml"))
   names |= set(re.findall(r"\$\{(\w+)\}", blocks)) | ELSEWHERE
   names |= {key for key in SECTION_OF if key.endswith("_parallelism")}  # read by mesh._key
+  names |= {*options.KEYS.values(), options.CONTEXT}  # read by kernels.Options.of
   names |= {"model_name", "override_logical_axis_rules", "log_config"}  # read while loading
   assert set(SECTION_OF) - names == set()
 

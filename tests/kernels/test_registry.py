@@ -1,5 +1,6 @@
 """Kernels are chosen by name: the names users may write, the choice, and the refusals."""
 
+import dataclasses
 import logging
 import typing
 
@@ -9,6 +10,7 @@ import pytest
 
 from maxtext import kernels
 from maxtext.errors import ConfigError
+from maxtext.kernels import options
 from maxtext.layers import sections
 from maxtext.masks import Mask
 
@@ -99,3 +101,12 @@ def chosen_for(queries, keys):
   q, kv = like((1, queries, 2, 4), jnp.float32), like((1, keys, 1, 4), jnp.float32)
   mask = Mask(like((1, queries), jnp.int32), like((1, keys), jnp.int32))
   return kernels._choose(q, kv, kv, mask, kernels.Scores(0.5))
+
+
+def test_every_option_of_the_blocks_has_its_key():
+  fields = {field.name for field in dataclasses.fields(kernels.Blocks)}
+  assert set(options.KEYS) == fields
+  given = {key: f"value of {key}" for key in [*options.KEYS.values(), options.CONTEXT]}
+  made = kernels.Options.of("flash", lambda key, default: given[key])
+  assert made.context == given[options.CONTEXT]
+  assert all(getattr(made.blocks, name) == given[key] for name, key in options.KEYS.items())
