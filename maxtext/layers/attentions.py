@@ -20,7 +20,7 @@ from maxtext.errors import ConfigError
 from maxtext.kernels.held import dense
 from maxtext.layers.as_linen import as_linen, keywords
 from maxtext.layers.grouped import Axes, GroupedAttention
-from maxtext.layers.keywords import AttentionType, Keywords
+from maxtext.layers.keywords import AttentionType, Keywords, check_mode
 from maxtext.layers.latent import LatentAttention
 from maxtext.layers.norms import L2Norm
 from maxtext.layers.params import DenseInitializer, nd_dense_init
@@ -130,11 +130,11 @@ class Attention(GroupedAttention):
     self.rngs, self.name, self.mesh, self.layout = rngs, name, mesh, given.layout()
     self.names, self.storages, self.slots = given.names(), given.storages(), given.slots()
     self.cache_kind = given.cache_kind()
-    if (AttentionType(attention_type) is AttentionType.MLA) != isinstance(self, LatentAttention):
-      wanted = "'mla' is for the layer MLA, and it has no other"
-      raise ConfigError("attention_type", f"{AttentionType(attention_type).value!r}: {wanted}")
+    spec = given.spec()
+    if (spec.latent is None) == isinstance(self, LatentAttention):
+      raise ConfigError("attention_type", "'mla' is for the layer MLA, which takes no other")
     width, kv_width = inputs_q_shape[-1], inputs_kv_shape[-1]
-    super().__init__(given.spec(), width, given.compute(), rngs, kernel_init, kv_width)
+    super().__init__(spec, width, given.compute(), rngs, kernel_init, kv_width)
     own = model_mode != "train" and self.cache_kind is not Serving
     self.kv_cache = nnx.Cache(self.init_kv_caches(inputs_kv_shape)) if own else None
 
@@ -240,6 +240,7 @@ class Attention(GroupedAttention):
     vLLM's, and kv_cache is returned as vLLM gives it back, else as it came.
     """
     _refuse_rope_kwargs(rope_kwargs)
+    check_mode(model_mode)
     where = inputs_positions
     if model_mode == "autoregressive" and where is None:
       raise ConfigError("inputs_positions", "must be given where earlier tokens are in a cache")
@@ -292,6 +293,8 @@ class Attention(GroupedAttention):
     if self.cache_kind is Serving:
       return serving
     cache = self._opened(mode, previous_chunk is None and slot is None, rows)
+    if (wanted := _rows(cache) if slot is None else 1) != rows:
+      raise ConfigError("inputs_q", f"{rows} rows, but {wanted} are to be continued in the cache")
     if slot is None:
       return cache
     if isinstance(cache, PromptCache):
@@ -374,6 +377,13 @@ def _written(cache: Any) -> jax.Array | int:
   if isinstance(cache, PromptCache):
     return cache.prompt.written[0] + cache.generated.written[0]
   return cache.written[0][:, None]
+
+
+def _rows(cache: Any) -> int:
+  """For how many rows a layer's cache is."""
+  if isinstance(cache, PromptCache):
+    return cache.prompt.store.rows
+  return cache.written.shape[1]
 
 
 def _part(answer: tuple) -> Part:

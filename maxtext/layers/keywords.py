@@ -72,14 +72,16 @@ class Keywords:
     """Raises ValueError or ConfigError for what no layer can be made from."""
     if self.num_kv_heads == -1:
       raise ValueError("num_kv_heads is not defined.")
+    if self.num_kv_heads < 1:
+      raise ConfigError("num_kv_heads", f"{self.num_kv_heads} is not at least 1")
     if self.num_query_heads % self.num_kv_heads:
       raise ValueError("Invalid num_kv_heads for GQA.")
     if tuple(self.compute_axis_order) not in COMPUTE_ORDERS:
       known = " or ".join(map(str, COMPUTE_ORDERS))
       raise ValueError(f"compute_axis_order must be {known}, but got {self.compute_axis_order}")
-    if self.model_mode not in MODES:
-      near = closest(str(self.model_mode), MODES)
-      raise ConfigError("model_mode", f"{self.model_mode!r} is none of {', '.join(MODES)}{near}")
+    check_mode(self.model_mode)
+    if self.use_mrope and not self.mrope_section:
+      raise ConfigError("mrope_section", f"{self.mrope_section}: use_mrope needs three numbers")
     if self.quant is not None:
       raise ConfigError("quant", "products of quantised weights are not there yet; use None")
     if self.model_mode != "train" and not self.prompt_length < self.max_target_length:
@@ -120,7 +122,7 @@ class Keywords:
 
   def spec(self) -> AttentionSpec:
     """What the layer computes."""
-    kind = AttentionType(self.attention_type)
+    kind = attention_type(self.attention_type)
     latent = self.latent() if kind is AttentionType.MLA else None
     tempered = self.temperature_tuning and self.is_nope_layer
     return AttentionSpec(
@@ -274,8 +276,10 @@ class Keywords:
   def layout(self) -> sharding.Layout | None:
     """The mesh with the configuration's rules; None without a mesh."""
     rules = self.setting("logical_axis_rules")
-    if self.mesh is None or rules is None:
+    if self.mesh is None or (rules is None and self.mesh.size == 1):
       return None
+    if rules is None:
+      raise ConfigError("mesh", "config has no logical_axis_rules, which say what a mesh splits")
     pairs = rules.items() if isinstance(rules, Mapping) else rules
     table: dict[str, tuple[str, ...]] = {}
     for name, axes in pairs:
@@ -284,10 +288,31 @@ class Keywords:
     return sharding.Layout(self.mesh, sharding.Rules(table))
 
 
+def check_mode(mode: Any) -> None:
+  """Raises ConfigError for what is no model_mode."""
+  if mode not in MODES:
+    near = closest(str(mode), MODES)
+    raise ConfigError("model_mode", f"{mode!r} is none of {', '.join(MODES)}{near}")
+
+
+def attention_type(given: Any) -> AttentionType:
+  """The type that is given, itself or as its value; raises ConfigError."""
+  try:
+    return AttentionType(given)
+  except ValueError:
+    known = [kind.value for kind in AttentionType]
+    near = closest(str(given), known)
+    problem = f"{given!r} is none of {', '.join(known)}{near}"
+    raise ConfigError("attention_type", problem) from None
+
+
 def _cache_quant(given: Any) -> CacheQuantSpec | None:
   """What `kv_quant` asks for: a CacheQuantSpec, or anything with its `dtype` and `axis_cfg`."""
   if given is None or isinstance(given, CacheQuantSpec):
     return given
+  if not (hasattr(given, "dtype") and hasattr(given, "axis_cfg")):
+    problem = f"{given!r} is not a CacheQuantSpec, and has no dtype and axis_cfg"
+    raise ConfigError("kv_quant", problem)
   name = str(jnp.dtype(given.dtype))
   return CacheQuantSpec("fp8" if name.startswith("float8") else name, given.axis_cfg)
 

@@ -88,6 +88,25 @@ ROWS, WIDTH, PROMPT, LENGTH = 2, 32, 12, 30
 PLAIN = types.SimpleNamespace(rope_max_timescale=100)
 
 
+SINK = types.SimpleNamespace(rope_max_timescale=100, attention_sink=True)
+CHUNKS = types.SimpleNamespace(rope_max_timescale=100, chunk_attn_window_size=7)
+LATENT = types.SimpleNamespace(
+  rope_max_timescale=100,
+  kv_lora_rank=12,
+  q_lora_rank=10,
+  qk_nope_head_dim=6,
+  qk_rope_head_dim=4,
+  v_head_dim=8,
+)
+EXPANDED = types.SimpleNamespace(**vars(LATENT), mla_naive_kvcache=True)
+FUSED = types.SimpleNamespace(rope_max_timescale=100, fused_qkv=True)
+YARN = types.SimpleNamespace(
+  rope_max_timescale=100, original_max_position_embeddings=16, rope_factor=4
+)
+PARTIAL = types.SimpleNamespace(rope_max_timescale=100, partial_rotary_factor=0.5)
+LOCAL = types.SimpleNamespace(rope_max_timescale=100, local_rope_max_timescale=20)
+
+
 def keywords(**more):
   shape = (ROWS, LENGTH, WIDTH)
   given = dict(zip(REQUIRED, (PLAIN, 4, 2, 8, LENGTH, None, "dot_product", shape, shape)))
@@ -151,7 +170,14 @@ def test_a_caller_may_pass_every_keyword_by_name():
     ({"model_mode": "decode"}, "model_mode: 'decode' is none of train, prefill, autoregressive"),
     ({"attention_type": AttentionType.LOCAL_SLIDING}, "sliding_window_size: None: .* needs"),
     ({"attention_type": AttentionType.CHUNK}, "chunk_attn_window_size: None: .* needs"),
-    ({"attention_type": AttentionType.MLA}, "attention_type: 'mla'.* layer MLA"),
+    (
+      {"attention_type": AttentionType.MLA, "num_kv_heads": 4, "config": LATENT, "head_dim": 10},
+      "attention_type: 'mla' is for the layer MLA",
+    ),
+    ({"attention_type": "lcal_sliding"}, "attention_type: 'lcal_sliding'.* did you mean 'local_s"),
+    ({"num_kv_heads": 0}, "num_kv_heads: 0 is not at least 1"),
+    ({"use_mrope": True}, "mrope_section: None: use_mrope needs three numbers"),
+    ({"kv_quant": "int8", "model_mode": "prefill"}, "kv_quant: 'int8' is not a CacheQuantSpec"),
     ({"rope_type": "yarm"}, "rope_type: 'yarm' is none of .*did you mean 'yarn'"),
     ({"ar_cache_axis_order": (0, 0, 1, 2)}, "ar_cache_axis_order: '0,0,1,2' is not an order"),
     ({"attention_kernel": "flsh", "attention_type": AttentionType.FULL}, "'flsh' is not a kernel"),
@@ -207,23 +233,6 @@ def test_the_query_scale_is_replaced_by_the_scalar():
 # -- modes: a prompt, then token by token, is one pass ----------------------------------------
 
 
-SINK = types.SimpleNamespace(rope_max_timescale=100, attention_sink=True)
-CHUNKS = types.SimpleNamespace(rope_max_timescale=100, chunk_attn_window_size=7)
-LATENT = types.SimpleNamespace(
-  rope_max_timescale=100,
-  kv_lora_rank=12,
-  q_lora_rank=10,
-  qk_nope_head_dim=6,
-  qk_rope_head_dim=4,
-  v_head_dim=8,
-)
-EXPANDED = types.SimpleNamespace(**vars(LATENT), mla_naive_kvcache=True)
-FUSED = types.SimpleNamespace(rope_max_timescale=100, fused_qkv=True)
-YARN = types.SimpleNamespace(
-  rope_max_timescale=100, original_max_position_embeddings=16, rope_factor=4
-)
-PARTIAL = types.SimpleNamespace(rope_max_timescale=100, partial_rotary_factor=0.5)
-LOCAL = types.SimpleNamespace(rope_max_timescale=100, local_rope_max_timescale=20)
 SLIDING = {"attention_type": AttentionType.LOCAL_SLIDING, "sliding_window_size": 5}
 LATENTS = {"attention_type": AttentionType.MLA, "num_kv_heads": 4, "head_dim": 10}
 MODES = {
@@ -348,6 +357,24 @@ def test_a_layer_made_to_train_has_no_cache():
   assert layer.kv_cache is None
   with pytest.raises(ConfigError, match="model_mode: a layer made for 'train' has no cache"):
     layer(inputs(4), inputs(4), model_mode="prefill")
+
+
+def test_a_call_that_does_not_fit_the_cache_is_refused_in_words():
+  layer, x = make(model_mode="prefill", max_prefill_predict_length=PROMPT), inputs(PROMPT)
+  layer(x, x, model_mode="prefill")
+  one = x[:1, :1]
+  with pytest.raises(ConfigError, match="inputs_q: 1 rows, but 2 are to be continued"):
+    layer(one, one, places(PROMPT, PROMPT + 1)[:1], model_mode="autoregressive")
+  with pytest.raises(ConfigError, match="model_mode: 'decode' is none of train"):
+    layer(x, x, model_mode="decode")
+  with pytest.raises(ConfigError, match="inputs_positions: must be given"):
+    layer(x[:, :1], x[:, :1], model_mode="autoregressive")
+
+
+def test_a_mesh_needs_rules():
+  mesh = Mesh(np.array(jax.devices()[:2]), ("fsdp",), axis_types=(AxisType.Auto,))
+  with pytest.raises(ConfigError, match="mesh: config has no logical_axis_rules"):
+    make(mesh=mesh)
 
 
 def test_keys_and_values_are_kept_in_both_parts():
