@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,9 @@ def _quiet() -> None:
 
   def others(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    if "/orbax/" not in record.pathname and "/orbax/" not in message:
+    lost = record.exc_info[2] if record.exc_info else None  # of an error that nobody asked for
+    places = [record.pathname, message, *(frame.filename for frame in traceback.extract_tb(lost))]
+    if not any("/orbax/" in place for place in places):
       return True
     log.debug("orbax: %s", message)
     return False

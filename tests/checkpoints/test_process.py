@@ -105,6 +105,25 @@ def test_a_save_that_fails_prints_one_line_and_exits_with_4(tmp_path):
   assert (process.returncode, output) == (4, "")
 
 
+def test_an_error_of_orbax_that_nobody_asked_for_prints_nothing(tmp_path):
+  """As asyncio logs it when one of several writes has failed before: by its traceback alone."""
+  code = """
+  import asyncio, logging
+  from maxtext.checkpoints import storage
+
+  def failed(path):
+    try:
+      exec(compile("raise ValueError('Error writing')", path, "exec"))
+    except ValueError as error:
+      logging.getLogger("asyncio").error("exception was never retrieved", exc_info=error)
+
+  failed("/somewhere/orbax/serialization.py")
+  failed("/somewhere/else.py")
+  """
+  _, errors = start(tmp_path / "checkpoints", code).communicate()
+  assert "else.py" in errors and "/orbax/" not in errors
+
+
 def test_orbax_is_imported_only_when_it_is_needed_and_in_the_background(tmp_path):
   code = """
   here = checkpoints()
