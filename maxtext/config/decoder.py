@@ -23,7 +23,7 @@ from maxtext.config.architecture import Architecture
 from maxtext.config.documents import EMPTY, Node
 from maxtext.config.values import Unfit, brief, coerce, render, shown, words
 from maxtext.errors import ConfigError, closest
-from maxtext.specs import BlockSpec, DecoderSpec, Stage
+from maxtext.specs import BlockSpec, DecoderSpec, Stage, staged
 
 ELSEWHERE = {  # keys that take effect whatever the block file says
   "decoder_block",
@@ -71,13 +71,9 @@ def spec(
 
 
 def stages(pattern: list[BlockSpec | None], layers: int) -> tuple[Stage, ...]:
-  """`layers` blocks by cycling `pattern`: whole cycles are one stage, the rest is a last one."""
-  blocks = tuple(block for block in pattern if block is not None)
-  if not blocks:
-    return ()
-  cycles, rest = divmod(layers, len(blocks))
-  whole = (Stage(blocks, cycles),) if cycles else ()
-  return (*whole, Stage(blocks[:rest])) if rest else whole
+  """`layers` blocks by cycling `pattern`."""
+  blocks = [block for block in pattern if block is not None]
+  return staged([blocks[i % len(blocks)] for i in range(layers)]) if blocks else ()
 
 
 def _values(sizes: Architecture) -> dict[str, Any]:

@@ -17,28 +17,42 @@ from maxtext.specs import BlockSpec
 
 
 class Block(nnx.Module):
-  """x [b t d] -> [b t d]: x + attention(norm(x)), then x + mlp(norm(x))."""
+  """x [b t d] -> [b t d]: x + mixer(norm(x)), then x + mlp(norm(x)), as the spec varies it."""
 
   def __init__(self, spec: BlockSpec, width: int, compute: Compute, rngs: nnx.Rngs):
     self.spec = spec
-    self.attention_norm = make_norm(spec.norm, width, compute, rngs)
+    norm = lambda wanted: make_norm(spec.norm, width, compute, rngs) if wanted else None
+    self.attention_norm = norm(spec.pre_norm)
     layer = LatentAttention if spec.attention.latent else GroupedAttention
     self.attention = layer(spec.attention, width, compute, rngs)
-    self.mlp_norm = make_norm(spec.norm, width, compute, rngs)
+    self.post_attention_norm = norm(spec.post_attention_norm)
+    self.mlp_norm = norm(spec.pre_norm)
     self.mlp = Mlp(spec.mlp, width, compute, rngs)
+    self.post_mlp_norm = norm(spec.post_mlp_norm)
 
   def __call__(
     self, x: jax.Array, mask: Mask, cache: C | None = None, key: jax.Array | None = None
   ) -> tuple[jax.Array, C | None]:
     """`key` draws dropout; without it there is none."""
+    spec = self.spec
     keys = (None, None) if key is None else jax.random.split(key)
     seed = None
-    if key is not None and self.spec.attention.dropout:
+    if key is not None and spec.attention.dropout:
       seed = jax.random.bits(jax.random.fold_in(key, 2), (2,), jnp.uint32)
-    y, cache = self.attention(self.attention_norm(x), mask, cache, seed)
-    x = _place(x + drop(y, self.spec.dropout, keys[0]))
-    x = _place(x + drop(self.mlp(self.mlp_norm(x)), self.spec.dropout, keys[1]))
-    return x, cache
+    y, cache = self.attention(_normed(self.attention_norm, x), mask, cache, seed)
+    between = self._add(x, _normed(self.post_attention_norm, y), keys[0])
+    y = self.mlp(_normed(self.mlp_norm, x if spec.parallel else between))
+    return self._add(between, _normed(self.post_mlp_norm, y), keys[1]), cache
+
+  def _add(self, x: jax.Array, y: jax.Array, key: jax.Array | None) -> jax.Array:
+    if self.spec.residual_scale != 1:
+      y = y * self.spec.residual_scale
+    x = x + drop(y, self.spec.dropout, key)
+    return constrain(x, "activation_batch", "activation_length", "activation_embed")
+
+
+def _normed(norm: nnx.Module | None, x: jax.Array) -> jax.Array:
+  return x if norm is None else norm(x)
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -49,7 +63,3 @@ def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return x
   keep = jax.random.bernoulli(key, 1 - rate, x.shape)
   return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
-def _place(x: jax.Array) -> jax.Array:
-  return constrain(x, "activation_batch", "activation_length", "activation_embed")

@@ -50,7 +50,7 @@ class Decoder(nnx.Module):
     `caches` holds one entry per stage; `key` draws dropout, without it there is none.
     """
     place = ("activation_batch", "activation_length", "activation_embed")
-    x = constrain(lookup(self.embedding, tokens, self.compute.dtype), *place)
+    x = self.embed(tokens)
     if self.positions is not None:
       x = constrain(x + lookup(self.positions, mask.q_pos, self.compute.dtype), *place)
     if key is not None:
@@ -62,6 +62,13 @@ class Decoder(nnx.Module):
       out.append(cache)
     return self.norm(x), None if caches is None else tuple(out)
 
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    """tokens [b t] -> their scaled embeddings [b t d]."""
+    x = lookup(self.embedding, tokens, self.compute.dtype)
+    factor = self.spec.embed_scale * (self.spec.width**0.5 if self.spec.embed_sqrt_width else 1)
+    x = x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+    return constrain(x, "activation_batch", "activation_length", "activation_embed")
+
   def head(self) -> tuple[str, nnx.Param]:
     """The einsum and the parameter that take [b t d] to logits [b t v]."""
     if self.unembedding is None:
@@ -72,10 +79,13 @@ class Decoder(nnx.Module):
     """The normalised last layer [b t d] -> logits [b t v], float32."""
     equation, p = self.head()
     x = x.astype(jnp.float32) if self.compute.f32_logits else x
-    logits = soft_cap(
-      dot(equation, x, p, self.compute).astype(jnp.float32), self.spec.final_soft_cap
-    )
+    logits = self.finish(dot(equation, x, p, self.compute).astype(jnp.float32))
     return constrain(logits, "activation_batch", "activation_length", "activation_vocab")
+
+  def finish(self, logits: jax.Array) -> jax.Array:
+    """Products with the unembedding -> logits, scaled and capped."""
+    scale = self.spec.logit_scale
+    return soft_cap(logits if scale == 1 else logits * scale, self.spec.final_soft_cap)
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -16,6 +17,7 @@ ACTIVATIONS = {
   "silu": jax.nn.silu,
   "gelu": jax.nn.gelu,
   "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
   "relu": jax.nn.relu,
   "linear": lambda x: x,
 }
@@ -34,12 +36,24 @@ class Mlp(nnx.Module):
     self.down = Dense(rngs, compute, "btf,fd->btd", bias=spec.bias, mlp=spec.hidden, embed=width)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    *gates, last = self.spec.activations
-    y = ACTIVATIONS[last](checkpoint_name(self._wide(self.up, x), "mlpwi_1"))
+    up = checkpoint_name(self._wide(self.up, x), "mlpwi_1")
+    gate = None
     if self.gate is not None:
-      y = y * ACTIVATIONS[gates[0]](checkpoint_name(self._wide(self.gate, x), "mlpwi_0"))
+      gate = checkpoint_name(self._wide(self.gate, x), "mlpwi_0")
+    y = activated(self.spec, up, gate)
     return checkpoint_name(self.down(y), "mlpwo")
 
   @staticmethod
   def _wide(layer: Dense, x: jax.Array) -> jax.Array:
     return constrain(layer(x), "activation_batch", "activation_length", "activation_mlp")
+
+
+def activated(spec: MlpSpec, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+  """The product of the activated projections, each cut as the spec says."""
+  *first, last = spec.activations
+  if gate is None:
+    return ACTIVATIONS[last](up)
+  if spec.limit is not None:
+    gate, up = jnp.minimum(gate, spec.limit), jnp.clip(up, -spec.limit, spec.limit)
+  up = ACTIVATIONS[last](up)
+  return ACTIVATIONS[first[0]](gate) * (up + spec.shift if spec.shift else up)

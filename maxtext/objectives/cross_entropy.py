@@ -22,13 +22,15 @@ Sums = tuple[jax.Array, jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """How logits come about: `equation` takes x [b t d] and the parameter with `axes` to [b t v].
+  """How logits come about: `equation` takes x [b t d] and the parameter with `axes` to [b t v];
+  these are multiplied by `scale`, then capped.
 
   `z_loss` weighs log(sum(exp(logits)))^2; `tiles` cuts the length into as many parts.
   """
 
   equation: str
   axes: tuple[str, ...]
+  scale: float = 1.0
   soft_cap: float | None = None
   z_loss: float = 0.0
   tiles: int = 1
@@ -92,11 +94,13 @@ _sums.defvjp(_forward, _backward)
 def _tile(
   head: Head, w: jax.Array, x: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[Sums, jax.Array]:
-  """The sums over one tile, and its loss's gradient by its uncapped logits in the dtype of x."""
+  """The sums over one tile, and its loss's gradient by its plain logits in the dtype of x."""
   logits = jnp.einsum(
     head.equation, x, w, precision=head.precision, preferred_element_type=jnp.float32
   )
   logits = sharding.constrain(logits, "activation_batch", "activation_length", "activation_vocab")
+  if head.scale != 1:
+    logits = logits * head.scale
   if head.soft_cap is not None:
     logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
   top = logits.max(-1, keepdims=True)
@@ -111,6 +115,8 @@ def _tile(
   grad = weight * (share * (1 + 2 * head.z_loss * norm) / total) - jnp.where(hit, share, 0.0)
   if head.soft_cap is not None:
     grad = grad * (1 - jnp.square(logits / head.soft_cap))
+  if head.scale != 1:
+    grad = grad * head.scale
   return (entropy + z, entropy, z), grad.astype(x.dtype)
 
 

@@ -35,6 +35,7 @@ class NextToken:
     head = Head(
       equation=equation,
       axes=p.get_metadata()["axes"],
+      scale=model.spec.logit_scale,
       soft_cap=model.spec.final_soft_cap,
       z_loss=self.z_loss,
       tiles=self.tiles,

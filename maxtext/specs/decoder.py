@@ -1,0 +1,127 @@
+"""Blocks, stages and the whole decoder, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from maxtext.errors import ConfigError
+from maxtext.specs.attention import AttentionSpec
+from maxtext.specs.delta import DeltaSpec
+from maxtext.specs.feedforward import MlpSpec, MoeSpec
+from maxtext.specs.limits import above, at_least
+from maxtext.specs.norms import NormSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+  """One residual block: x + mixer(norm(x)), then x + mlp(norm(x)); `parallel`: both addends are
+  made from the same x. Each addend is normalised with post norms, and multiplied by
+  `residual_scale`; dropout comes last.
+
+  The mixer is `attention` or a gated `delta` net, the feed-forward part an `mlp` or a `moe`.
+  """
+
+  attention: AttentionSpec | None = None
+  mlp: MlpSpec | None = None
+  delta: DeltaSpec | None = None
+  moe: MoeSpec | None = None
+  norm: NormSpec = NormSpec()
+  pre_norm: bool = True
+  post_attention_norm: bool = False
+  post_mlp_norm: bool = False
+  parallel: bool = False
+  residual_scale: float = 1.0
+  dropout: float = 0.0
+
+  def __post_init__(self):
+    for one, other in (("attention", "delta"), ("mlp", "moe")):
+      if (getattr(self, one) is None) is (getattr(self, other) is None):
+        raise ConfigError(one, f"a block has either {one} or {other}; write one of them")
+    if not 0 <= self.dropout < 1:
+      raise ConfigError("dropout", f"{self.dropout} is not from 0 up to 1")
+    above(self, 0, "residual_scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """`blocks`, in order, `repeat` times: compiled once and scanned over the repeats."""
+
+  blocks: tuple[BlockSpec, ...]
+  repeat: int = 1
+
+  def __post_init__(self):
+    if not self.blocks:
+      raise ConfigError("blocks", "a stage needs at least one block")
+    at_least(self, 1, "repeat")
+
+
+@dataclasses.dataclass(frozen=True)
+class MtpSpec:
+  """Multi-token prediction (DeepSeek-V3 2024, section 2.2): `layers` further blocks in a row, of
+  which block i predicts the token i + 2 ahead, from what the one before it made of a token and from
+  the embedding of the next.
+  """
+
+  layers: int
+  block: BlockSpec
+
+  def __post_init__(self):
+    at_least(self, 1, "layers")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSpec:
+  """A whole decoder. `positions` is the length of the learned position table, 0 for none.
+
+  Embeddings are multiplied by `embed_scale` and, with `embed_sqrt_width`, by width ** 0.5; logits
+  by `logit_scale`, and then capped.
+  """
+
+  width: int
+  vocab: int
+  stages: tuple[Stage, ...]
+  norm: NormSpec = NormSpec()
+  tied: bool = False
+  positions: int = 0
+  embed_scale: float = 1.0
+  embed_sqrt_width: bool = False
+  logit_scale: float = 1.0
+  final_soft_cap: float | None = None
+  mtp: MtpSpec | None = None
+
+  def __post_init__(self):
+    at_least(self, 1, "width", "vocab")
+    above(self, 0, "embed_scale", "logit_scale")
+    if self.positions < 0:
+      raise ConfigError(
+        "positions", f"{self.positions} is not at least 0 (0: no learned positions)"
+      )
+
+  @property
+  def depth(self) -> int:
+    """The number of blocks."""
+    return sum(len(stage.blocks) * stage.repeat for stage in self.stages)
+
+  @property
+  def blocks(self) -> tuple[BlockSpec, ...]:
+    """Every block, in order."""
+    return tuple(b for stage in self.stages for b in stage.blocks * stage.repeat)
+
+
+LONGEST = 16  # blocks in a cycle that is looked for
+
+
+def staged(blocks: Sequence[BlockSpec]) -> tuple[Stage, ...]:
+  """These blocks in order, as the stages that compile the fewest of them, and then are fewest."""
+  best: list[tuple[int, tuple[Stage, ...]]] = [(0, ())]  # for each number of first blocks
+  for end in range(1, len(blocks) + 1):
+    options = []
+    for cycle in range(1, min(LONGEST, end) + 1):
+      last = tuple(blocks[end - cycle : end])
+      start, repeat = end, 0
+      while start >= cycle and tuple(blocks[start - cycle : start]) == last:
+        start, repeat = start - cycle, repeat + 1
+        options.append((best[start][0] + cycle, (*best[start][1], Stage(last, repeat))))
+    best.append(min(options, key=lambda option: (option[0], len(option[1]))))
+  return best[-1][1]
