@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 import time
@@ -124,11 +123,14 @@ def _write(config: Config, folder: Path, prompts: list[str]) -> None:
   with ThreadPoolExecutor(1) as background:
     found = background.submit(locate, folder)  # checks every byte of it, while jax is imported
     from maxtext.checkpoints.manager import read_parameters
-    from maxtext.serve.writer import Writer
+    from maxtext.serve.writer import Writer, chat_of
 
     step_folder, manifest = found.result()
   digest = read_extra(step_folder, manifest).get("data", {}).get("tokenizer")
   tokenizer, vocabulary = _tokenizer(config.data, folder, digest)
+  if chat := chat_of(tokenizer, config.decode):
+    for prompt in prompts:
+      chat(prompt)  # a template may refuse: before a device is asked for
   program = _program(config, vocabulary)
   writer = Writer(program, tokenizer, config.decode, config.data.add_bos)
   groups, length = _groups(prompts), config.decode.decode_length
@@ -151,23 +153,32 @@ def _tokenizer(data: Data, folder: Path, digest: str | None) -> tuple[Tokenizer,
 
   `digest` is the tokenizer's that the model has learned from.
   """
-  from maxtext.data import bpe
   from maxtext.data.corpus import open_corpus
+  from maxtext.data.kinds import KINDS, given
   from maxtext.data.tokenizers import ByteTokenizer
 
   if data.tokenizer_type == "byte":
     return ByteTokenizer(), ByteTokenizer().vocab_size
-  with contextlib.suppress(ConfigError):
-    tokenizer = bpe.load(str(_file(folder, "tokenizer.json")))
-    least = 0 if data.tokenizer_path else data.tokenizer_vocab_size  # a trained one may have fewer
+  kind = KINDS[data.tokenizer_type]
+  try:
+    file = _file(folder, kind.file)
+  except ConfigError:
+    log.info(f"{folder} has no {kind.file}: taking the tokenizer from where training had it")
+    tokenizer = given(data) or open_corpus(data).tokenizer
+    if digest not in (None, tokenizer.digest):
+      problem = f"its {kind.file} is gone, and its data give another tokenizer now"
+      raise DataError(f"{folder}: {problem}") from None
+    return tokenizer, tokenizer.vocab_size
+  tokenizer = kind.load(str(file))
+  if data.tokenizer_type == "bpe":  # one that was trained may have fewer tokens than asked for
+    least = 0 if data.tokenizer_path else data.tokenizer_vocab_size
     return tokenizer, max(tokenizer.vocab_size, least)
-  log.info(f"{folder} has no tokenizer.json: taking the tokenizer from where training had it")
-  corpus = open_corpus(data)
-  if digest not in (None, corpus.tokenizer.digest):
-    raise DataError(
-      f"{folder}: its tokenizer.json is gone, and its data give another tokenizer now"
+  if digest not in (None, tokenizer.digest):
+    problem = (
+      "is not the tokenizer that the model has learned; put back the one it was trained with"
     )
-  return corpus.tokenizer, corpus.vocab_size
+    raise DataError(f"{file}: {problem}")
+  return tokenizer, tokenizer.vocab_size
 
 
 def _program(config: Config, vocabulary: int) -> Program:
@@ -206,10 +217,14 @@ def _groups(prompts: list[str]) -> list[list[str]]:
 
 
 def _print(writer: Writer, params: Params, groups: list[list[str]], length: int) -> int:
-  """Print the prompts with what comes after them, a single one as it comes -> the new tokens."""
+  """Print the prompts with what comes after them, a single one as it comes -> the new tokens.
+
+  An answer, which is no continuation, has lines of its own.
+  """
+  between = "\n" if writer.answers else ""
   size, total = len(groups[0]), sum(map(len, groups))
   if total == 1:
-    _show(groups[0][0])
+    _show(groups[0][0] + between)
     _, counts = writer(params, groups[0], length, lambda _, text: _show(text))
     _show("\n")
     return counts[0]
@@ -218,7 +233,7 @@ def _print(writer: Writer, params: Params, groups: list[list[str]], length: int)
     filled = group + group[-1:] * (size - len(group))
     texts, counts = writer(params, filled, length, first_row=i * size)
     for row, (prompt, text) in enumerate(zip(group, texts), i * size):
-      _show(f"--- {row + 1} of {total}\n{prompt}{text}\n")
+      _show(f"--- {row + 1} of {total}\n{prompt}{between}{text}\n")
     written += sum(counts[: len(group)])
   return written
 

@@ -17,6 +17,7 @@ from maxtext import estimate, program, resume, sharding
 from maxtext import log as logs
 from maxtext.checkpoints.manager import Checkpoints, preload, restore_parameters, restore_state
 from maxtext.config import Config, check_devices
+from maxtext.config.tokenizer import check_vocabulary, placed
 from maxtext.data.pipeline import (
   Batches,
   Corpus,
@@ -26,7 +27,7 @@ from maxtext.data.pipeline import (
   vocabulary,
 )
 from maxtext.data.place import host_rows, place
-from maxtext.errors import CheckpointError, ConfigError, Diverged
+from maxtext.errors import CheckpointError, ConfigError, DataError, Diverged
 from maxtext.log import log
 from maxtext.program import Program
 from maxtext.serve.writer import Writer
@@ -46,19 +47,33 @@ def train(config: Config) -> int:
   UserError.
   """
   started = time.monotonic()
+  tokens = _vocabulary(config)
   devices = program.find_devices(config.run)
   logs.start(jax.process_index(), config.run.debug)
   check_devices(config, len(devices))
   for line in config.report():
     log.info(line)
   with Stop() as stop, _folder(config) as folder:
-    built = program.build(config, devices, vocabulary(config.data))
+    built = program.build(config, devices, tokens)
     if config.mesh.debug_sharding:
       log.info(sharding.table(built.plan.declared, built.layout, config.mesh.sharding_tolerance))
     run = Run(config, folder, built, started)
     # a save under way is finished, come what may
     with _memory(), run.checkpoints or contextlib.nullcontext():
       return run.train(stop)
+
+
+def _vocabulary(config: Config) -> int:
+  """The tokenizer's size, which the model has rows for: known before any device is asked for.
+
+  Raises ConfigErrors or DataError.
+  """
+  try:
+    size = vocabulary(config.data)
+  except (ConfigError, DataError) as error:
+    raise placed(config, error) from None
+  check_vocabulary(config, size)
+  return size
 
 
 @contextlib.contextmanager
@@ -161,9 +176,9 @@ class Run:
     """The newest checkpoint of this run, else what the configuration loads, else drawn anew."""
     section, like = self.config.checkpoint, self.program.state
     if self.checkpoints is not None and newest is not None:
-      state = from_tree(like, self.checkpoints.restore(newest, tree(like)))
       data = self.checkpoints.extra(newest)[DATA]
       self.batches.restore(data, self.config.run.resume_changes)
+      state = from_tree(like, self.checkpoints.restore(newest, tree(like)))
       log.info(f"resuming {self.folder} after {newest} steps")
       return state
     if section.load_full_state_path:

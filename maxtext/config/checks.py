@@ -25,8 +25,6 @@ from maxtext.errors import closest
 Problem = tuple[str, ...]
 Purpose = Literal["train", "decode"]
 
-BYTES = 259  # vocabulary of the byte tokenizer
-
 PATHS = (
   "base_output_directory",
   "jax_cache_dir",
@@ -98,6 +96,12 @@ NEEDS = (
     "an empty tokenizer_path, since that file has its own size",
     "tokenizer_path",
     lambda c: not c.data.tokenizer_path,
+  ),
+  Need(
+    ("use_chat_template",),
+    "tokenizer_type=huggingface, since no other kind has chat templates",
+    "tokenizer_type",
+    lambda c: c.data.tokenizer_type == "huggingface",
   ),
   Need(
     ("decode_sampling_nucleus_p",),
@@ -241,18 +245,6 @@ def _model(config: Config) -> Iterator[Problem]:
       f"a head dimension of {head} is odd, and rotary positions turn pairs; make it even",
       *others[1:],
     )
-  if sizes.vocab_size and config.data.dataset_type != "synthetic":
-    bpe = config.data.tokenizer_type == "bpe"
-    if bpe and config.data.tokenizer_path:
-      return
-    least = config.data.tokenizer_vocab_size if bpe else BYTES
-    if sizes.vocab_size < least:
-      yield (
-        "vocab_size",
-        f"{sizes.vocab_size} rows are fewer than the tokenizer's {least} tokens; "
-        f"use at least {least}, or null",
-        "tokenizer_vocab_size" if bpe else "tokenizer_type",
-      )
 
 
 def _names(config: Config) -> Iterator[Problem]:
@@ -331,9 +323,6 @@ def _read_files(config: Config) -> Iterator[Problem]:
   if data.dataset_type == "text" and (path := data.dataset_path) and not _is_there(path):
     offer = "name a file, folder or glob, or leave it empty for the embedded corpus"
     yield "dataset_path", f"{shown(path)}: no such file or folder; {offer}"
-  if data.tokenizer_path and not os.path.isfile(os.path.expanduser(data.tokenizer_path)):
-    offer = "name a tokenizer.json, or leave it empty to train one"
-    yield "tokenizer_path", f"{shown(data.tokenizer_path)}: no such file; {offer}"
   for key in ("load_parameters_path", "load_full_state_path"):
     path = getattr(checkpoint, key)
     if path and not os.path.isdir(os.path.expanduser(path)):

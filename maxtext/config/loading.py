@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maxtext.config import arguments, checks, documents, sources
+from maxtext.config import arguments, checks, documents, sources, tokenizer
 from maxtext.config.checks import Purpose
 from maxtext.config.complaints import Complain, Complaint, Lost, lines
 from maxtext.config.config import RULES, Config
@@ -132,6 +132,7 @@ def _problems(
     if hasattr(section, "complaints"):
       yield from section.complaints()
   yield from checks.of_run(config, purpose, environ)
+  yield from tokenizer.unopened(config, purpose)
   devices = config.run.known_devices(environ)
   if devices is not None and purpose == "train":
     yield from on_devices(config, devices)

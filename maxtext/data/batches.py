@@ -105,7 +105,8 @@ def _complaint(key: str, now: Any, then: Any) -> str:
   if key == "tokenizer":
     return (
       "tokenizer_path: the tokenizer is not the checkpoint's, whose ids the model has learned; "
-      "set tokenizer_path to the tokenizer.json in the run's folder, or start a new run"
+      "set tokenizer_path to the tokenizer.json in the run's folder (or its tokenizer.model or "
+      "tokenizer.tiktoken), or start a new run"
     )
   if key != "corpus":
     return f"{key}={now}: the checkpoint has {then}; set it back, or start a new run"

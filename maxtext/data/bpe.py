@@ -8,17 +8,21 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from maxtext.data.cache import Cache
+from maxtext.data.chat import Chat
+from maxtext.data.tokenizers import brief, joined, read, read_json, write
 from maxtext.errors import DataError
 from maxtext.log import log
 
+FILE = "tokenizer.json"
 # What the vocabularies in use call the token, the commonest first.
 NAMES = {
   "bos": ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "<|endoftext|>"),
@@ -37,6 +41,8 @@ Names = dict[str, str | None]  # bos, eos, pad -> the token
 class Bpe:
   """A `tokenizers.Tokenizer` that never finds a special token in a text."""
 
+  chat: Chat | None = None
+
   def __init__(self, tokenizer: tokenizers.Tokenizer, named: Names, vocab_size: int = 0):
     """`named` says what bos, eos and pad are called; `vocab_size` may be above the largest id."""
     tokenizer.encode_special_tokens = True  # `<eos>` in a text is five characters
@@ -44,8 +50,8 @@ class Bpe:
     tokenizer.no_padding()
     self._tokenizer, self._names = tokenizer, named
     ids = {role: tokenizer.token_to_id(name) if name else None for role, name in named.items()}
-    self.bos, self.eos = ids["bos"], ids["eos"]
-    self.pad = next(id for id in (ids["pad"], self.eos, 0) if id is not None)
+    self.bos, self.eos, self.pad = ids["bos"], ids["eos"], ids["pad"]
+    self.stops: tuple[int, ...] = () if self.eos is None else (self.eos,)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     self.vocab_size = max(largest + 1, vocab_size)
 
@@ -58,34 +64,34 @@ class Bpe:
   def save(self, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, each whole or not at all. Raises OSError."""
     config = {f"{role}_token": name for role, name in self._names.items()}
-    texts = {
-      "tokenizer.json": self._tokenizer.to_str(),
-      "tokenizer_config.json": json.dumps(config),
-    }
-    for name, text in texts.items():
-      (folder / f"{name}.writing").write_text(text, "utf-8")
-      (folder / f"{name}.writing").replace(folder / name)
+    write(folder / FILE, self._tokenizer.to_str().encode())
+    write(folder / "tokenizer_config.json", json.dumps(config).encode())
 
   @functools.cached_property
   def digest(self) -> str:
-    content = f"{self._tokenizer.to_str()} {self.bos} {self.eos} {self.pad} {self.vocab_size}"
+    filler = next(id for id in (self.pad, self.eos, 0) if id is not None)
+    content = f"{self._tokenizer.to_str()} {self.bos} {self.eos} {filler} {self.vocab_size}"
     return hashlib.sha256(content.encode()).hexdigest()
 
   def encode_all(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """d texts -> ids [n], lengths [d]; each distinct word is encoded once, which is 5x faster."""
     if not self._splits_at_spaces:
-      return _joined(self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))
+      return joined(self._all(texts))
     index: dict[str, int] = {}
     words = [[index.setdefault(word, len(index)) for word in _CUT.split(text)] for text in texts]
     counts = np.fromiter(map(len, words), np.int64, len(words))
     order = np.fromiter(itertools.chain.from_iterable(words), np.int64, counts.sum())  # [w]
-    ids, sizes = _joined(self._tokenizer.encode_batch_fast(list(index), add_special_tokens=False))
+    ids, sizes = joined(self._all(list(index)))
     starts = np.cumsum(sizes) - sizes
     lengths = sizes[order]
     ends = np.cumsum(lengths)
     shift = np.repeat(starts[order] - (ends - lengths), lengths)
     total = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(counts)])]
     return ids[np.arange(len(shift)) + shift], np.diff(total)
+
+  def _all(self, texts: Sequence[str]) -> list[list[int]]:
+    encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
   @functools.cached_property
   def _splits_at_spaces(self) -> bool:
@@ -133,41 +139,38 @@ def load(path: str) -> Bpe:
 
   Its bos, eos and pad are what a tokenizer_config.json beside it says, else the usual names.
   """
+  file = find(path)
+  tokenizer = parse(file, read(file))
+  return Bpe(tokenizer, name(tokenizer, read_json(file.with_name("tokenizer_config.json"))))
+
+
+def find(path: str) -> Path:
+  """The tokenizer.json that `path` names, or that its folder holds. Raises DataError."""
   file = Path(path).expanduser()
-  file = file / "tokenizer.json" if file.is_dir() else file
+  if not file.is_dir():
+    return file
+  if not (file / FILE).is_file():
+    raise DataError(f"{path}: holds no {FILE}; name a folder that does, or the file itself")
+  return file / FILE
+
+
+def parse(file: Path, content: bytes) -> tokenizers.Tokenizer:
+  """What a tokenizer.json holds. Raises DataError, which names the file."""
   try:
-    content = file.read_text("utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise DataError(f"tokenizer_path={path}: cannot be read: {error}") from None
-  try:
-    tokenizer = tokenizers.Tokenizer.from_str(content)
+    return tokenizers.Tokenizer.from_str(content.decode())
   except Exception as error:  # the library raises no narrower class
-    raise DataError(
-      f"tokenizer_path={path}: not a file of the tokenizers library: {error}"
-    ) from None
-  return Bpe(tokenizer, _named(tokenizer, file.with_name("tokenizer_config.json")))
+    problem = f"is cut short, or no file of the tokenizers library: {brief(error)}; copy it again"
+    raise DataError(f"{file}: {problem}") from None
 
 
-def _named(tokenizer: tokenizers.Tokenizer, config: Path) -> Names:
+def name(tokenizer: tokenizers.Tokenizer, written: Mapping[str, Any]) -> Names:
+  """What bos, eos and pad are called: as a tokenizer_config.json writes, else the usual names."""
   usual: Names = {
     role: next((name for name in names if tokenizer.token_to_id(name) is not None), None)
     for role, names in NAMES.items()
   }
-  if not config.is_file():
-    return usual
-  try:
-    written = json.loads(config.read_text("utf-8"))
-  except (OSError, ValueError) as error:
-    raise DataError(f"{config}: cannot be read: {error}") from None
   for role in usual:
     if f"{role}_token" in written:
       token = written[f"{role}_token"]
       usual[role] = token["content"] if isinstance(token, dict) else token
   return usual
-
-
-def _joined(encodings: list) -> tuple[np.ndarray, np.ndarray]:
-  """Encodings -> their ids one after the other [n], how many each has [d]."""
-  ids = [encoding.ids for encoding in encodings]
-  lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-  return np.fromiter(itertools.chain.from_iterable(ids), np.int32, lengths.sum()), lengths

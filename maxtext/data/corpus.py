@@ -14,9 +14,10 @@ import numpy as np
 from maxtext.data import bpe, documents, plays
 from maxtext.data.cache import Cache
 from maxtext.data.documents import Document
+from maxtext.data.kinds import given
 from maxtext.data.sections import Data
 from maxtext.data.synthetic import Noise
-from maxtext.data.tokenizers import BYTES, ByteTokenizer, Tokenizer
+from maxtext.data.tokenizers import ByteTokenizer, Tokenizer
 from maxtext.errors import DataError
 
 FORMAT = 1  # part of every key: raise it when the same settings begin to give other tokens
@@ -82,19 +83,11 @@ def held_out(corpus: Corpus) -> Tokens | Noise:
   return corpus.eval
 
 
-def vocabulary(data: Data) -> int:
-  """The tokenizer's vocab_size, known before the corpus is read. Raises DataError."""
-  if data.tokenizer_type == "byte":
-    return BYTES
-  if data.tokenizer_path:
-    return bpe.load(data.tokenizer_path).vocab_size
-  return data.tokenizer_vocab_size
-
-
 def open_corpus(data: Data) -> Corpus:
   """Read, split and tokenise what the section names; what takes long is kept for the next run.
 
-  Raises DataError, naming file and line, for what cannot be read.
+  Raises DataError, naming file and line, for what cannot be read, and ConfigError for a tokenizer
+  without the bos or eos that the section adds.
   """
   if data.dataset_type == "synthetic":
     return _random(data)
@@ -102,39 +95,28 @@ def open_corpus(data: Data) -> Corpus:
   train, held = documents.hold_out(whole, data.eval_fraction)
   digests = documents.digest(train), documents.digest(held)
   cache = Cache(data.tokenizer_cache_dir)
-  tokenizer = _tokenizer(data, [document.text for document in train], cache, digests[0])
+  tokenizer = given(data)
+  if tokenizer is None:
+    texts = [document.text for document in train]
+    tokenizer = bpe.train(texts, data.tokenizer_vocab_size, cache, digests[0])
   key = _sha256([FORMAT, *digests, tokenizer.digest, data.add_bos, data.add_eos])
-  kept = cache.find("tokens", key, ".npy") if data.tokenizer_type == "bpe" else None
+  slow = data.tokenizer_type != "byte"
+  kept = cache.find("tokens", key, ".npy") if slow else None
   if kept:
     parts = _unpacked(np.load(kept, mmap_mode="r"))
   else:
     parts = [_tokens(part, tokenizer, data) for part in (train, held)]
-    if data.tokenizer_type == "bpe":
+    if slow:
       cache.keep("tokens", key, ".npy", _packed(parts))
   return Corpus(tokenizer, parts[0], parts[1] if held else None, key)
 
 
 def _random(data: Data) -> Corpus:
-  size = vocabulary(data)
-  tokenizer = bpe.load(data.tokenizer_path) if data.tokenizer_path else ByteTokenizer(size)
+  tokenizer = given(data) or ByteTokenizer(data.tokenizer_vocab_size)
+  size = tokenizer.vocab_size
   train = Noise(size, 1 + data.data_shuffle_seed)
   held = Noise(size, 0, HELD_OUT_ROWS)
   return Corpus(tokenizer, train, held, _sha256([FORMAT, "synthetic", size]))
-
-
-def _tokenizer(data: Data, texts: Sequence[str], cache: Cache, digest: str) -> Tokenizer:
-  if data.tokenizer_type == "byte":
-    return ByteTokenizer()
-  if not data.tokenizer_path:
-    return bpe.train(texts, data.tokenizer_vocab_size, cache, digest)
-  tokenizer = bpe.load(data.tokenizer_path)
-  for role in ("bos", "eos"):
-    if getattr(data, f"add_{role}") and getattr(tokenizer, role) is None:
-      raise DataError(
-        f"add_{role}=true: {data.tokenizer_path} has no token called {', '.join(bpe.NAMES[role])}; "
-        f"set add_{role}=false, or name its {role}_token in a tokenizer_config.json beside it"
-      )
-  return tokenizer
 
 
 def _tokens(part: Sequence[Document], tokenizer: Tokenizer, data: Data) -> Tokens:

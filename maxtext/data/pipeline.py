@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from maxtext.data.batches import Batches, Shape
-from maxtext.data.corpus import Corpus, held_out, open_corpus, vocabulary
+from maxtext.data.corpus import Corpus, held_out, open_corpus
+from maxtext.data.kinds import vocabulary
 from maxtext.data.sections import Data
 from maxtext.data.synthetic import Noise
 

@@ -8,13 +8,20 @@ from typing import Annotated, Literal
 
 from maxtext.bounds import Bound, CountOrOff, Whole
 
+# What `tokenizer_path` names for the kinds of tokenizers that need one.
+FILES = {
+  "huggingface": "a tokenizer.json, or a folder that holds one",
+  "sentencepiece": "a .model file",
+  "tiktoken": "a .tiktoken file",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
   dataset_type: Literal["text", "synthetic"]
   dataset_path: str
   text_column: str
-  tokenizer_type: Literal["byte", "bpe"]
+  tokenizer_type: Literal["byte", "bpe", "huggingface", "sentencepiece", "tiktoken"]
   tokenizer_path: str
   tokenizer_vocab_size: Annotated[int, Bound(260, 2**20)]
   tokenizer_cache_dir: str
@@ -32,8 +39,15 @@ class Data:
     if self.tokenizer_path and self.tokenizer_type == "byte":
       yield (
         "tokenizer_path",
-        "the byte tokenizer reads no file; set tokenizer_type=bpe, or leave tokenizer_path empty",
+        f"the byte tokenizer reads no file; set tokenizer_type={_likely(self.tokenizer_path)}, "
+        "or leave tokenizer_path empty",
         "tokenizer_type",
+      )
+    if not self.tokenizer_path and self.tokenizer_type in FILES:
+      yield (
+        "tokenizer_type",
+        f"{self.tokenizer_type} reads a file; set tokenizer_path={FILES[self.tokenizer_type]}",
+        "tokenizer_path",
       )
     if self.dataset_path and self.dataset_type == "synthetic":
       yield (
@@ -58,3 +72,9 @@ class Data:
         "set grain_packing_type=first_fit or best_fit, or max_segments_per_seq=-1",
         "grain_packing_type",
       )
+
+
+def _likely(path: str) -> str:
+  """The kind of tokenizer that a file of this name holds."""
+  endings = {".model": "sentencepiece", ".tiktoken": "tiktoken"}
+  return next((kind for end, kind in endings.items() if path.endswith(end)), "huggingface")

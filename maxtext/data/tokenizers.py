@@ -1,20 +1,27 @@
-"""Text <-> token ids: the byte tokenizer, and what every tokenizer can do."""
+"""Text <-> token ids: the byte tokenizer, what every tokenizer can do, how its files are read."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import itertools
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from maxtext.data.chat import Chat
+from maxtext.errors import DataError
+
 SPECIAL = 3  # ids 0, 1, 2 are pad, bos, eos
 BYTES = SPECIAL + 256
+POINTER = b"version https://git-lfs"  # what stands in a clone for a file that was not fetched
 
 
 class Tokenizer(Protocol):
-  """Ids are below vocab_size; those that stand for no text decode to none."""
+  """Ids are below vocab_size; those that no token has decode to nothing."""
 
   @property
   def vocab_size(self) -> int: ...
@@ -26,23 +33,38 @@ class Tokenizer(Protocol):
   def eos(self) -> int | None: ...
 
   @property
-  def pad(self) -> int: ...
+  def pad(self) -> int | None: ...
+
+  @property
+  def stops(self) -> tuple[int, ...]:
+    """The ids that end a text when a model writes them: eos, and others that its files name."""
+
+  @property
+  def chat(self) -> Chat | None:
+    """How a message is put to the model; None: as it is."""
 
   @property
   def digest(self) -> str:
     """Equal for tokenizers that give equal ids."""
 
   def encode(self, text: str) -> list[int]:
-    """The text alone, without bos and eos; what looks like a special token is text too."""
+    """The text alone, without bos and eos.
+
+    What looks like a special token is text too, but for tokenizers of Hugging Face, whose texts may
+    hold special tokens.
+    """
 
   def encode_all(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """d texts -> ids of all, one after the other [n], int32; how many each has [d], int64."""
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text; special tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
+    """The text; bytes that are not UTF-8 give U+FFFD.
+
+    Special tokens give nothing where no text encodes to them, but for those of tiktoken files.
+    """
 
   def save(self, folder: Path) -> None:
-    """Write the files that `bpe.load(folder)` reads; bytes need none. Raises OSError."""
+    """Write the files that the same kind's `load` reads again; bytes need none. Raises OSError."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +72,14 @@ class ByteTokenizer:
   """A token a byte of UTF-8. Ids from 259 up to `vocab_size` stand for nothing."""
 
   vocab_size: int = BYTES
-  pad: int = 0
+  pad: int | None = 0
   bos: int | None = 1
   eos: int | None = 2
+  chat: Chat | None = None
+
+  @property
+  def stops(self) -> tuple[int, ...]:
+    return () if self.eos is None else (self.eos,)
 
   @property
   def digest(self) -> str:
@@ -72,3 +99,57 @@ class ByteTokenizer:
 
   def save(self, folder: Path) -> None:
     """Nothing is to be known of bytes."""
+
+
+def joined(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+  """The ids of d texts -> all, one after the other [n], int32; how many each has [d], int64."""
+  lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+  return np.fromiter(itertools.chain.from_iterable(ids), np.int32, lengths.sum()), lengths
+
+
+def read(path: Path) -> bytes:
+  """The content of a tokenizer's file. Raises DataError where there is none to be had."""
+  try:
+    content = path.read_bytes()
+  except OSError as error:
+    raise DataError(f"{path}: cannot be read: {error.strerror}; name a file that can") from None
+  if not content:
+    raise DataError(f"{path}: is empty; copy it again")
+  if content.startswith(POINTER):
+    raise DataError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull`")
+  return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """A JSON object beside a tokenizer, {} where there is none. Raises DataError."""
+  if not path.is_file():
+    return {}
+  try:
+    content = json.loads(read(path))
+  except (ValueError, RecursionError) as error:
+    raise DataError(f"{path}: is not JSON: {brief(error)}; copy it again") from None
+  if not isinstance(content, dict):
+    raise DataError(f"{path}: holds no JSON object; copy it again")
+  return content
+
+
+def write(path: Path, content: bytes) -> None:
+  """Write a file whole or not at all. Raises OSError."""
+  writing = path.with_name(f"{path.name}.writing")
+  writing.write_bytes(content)
+  writing.replace(path)
+
+
+def package(name: str) -> Any:
+  """A package that only some kinds of tokenizers need. Raises DataError where it is missing."""
+  try:
+    return importlib.import_module(name)
+  except ImportError:
+    raise DataError(
+      f"the package {name} is not installed; pip install 'maxtext[hf]', or pip install {name}"
+    ) from None
+
+
+def brief(error: Exception) -> str:
+  """What a library says of a file, in a line."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

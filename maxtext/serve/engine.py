@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -54,13 +54,13 @@ class Engine:
     self,
     parts: Parts,
     sampler: Sampler,
-    eos: int | None = None,
+    stops: Collection[int] = (),
     quant: CacheQuantSpec | None = None,
   ):
-    """A row ends with `eos`, which is not part of it (None: never before its length); `quant`: in
-    how many bits keys and values are kept.
+    """A row ends with any of `stops`, which is not part of it (none: never before its length);
+    `quant`: in how many bits keys and values are kept.
     """
-    self.parts, self.sampler, self.eos, self.quant = parts, sampler, eos, quant
+    self.parts, self.sampler, self.stops, self.quant = parts, sampler, stops, quant
     self._compiled: dict[Sizes, tuple[Callable, ...]] = {}
 
   def generate(
@@ -81,7 +81,7 @@ class Engine:
     open_rows = set(range(len(prompts)))
     for ids in self._ahead(params, prompts, length, first_row):
       for row in sorted(open_rows):
-        if (id := int(ids[row])) == self.eos:
+        if (id := int(ids[row])) in self.stops:
           open_rows.discard(row)
         else:
           out[row].append(id)

@@ -70,9 +70,8 @@ class Sampler:
   @classmethod
   def of(cls, section: Decode, tokenizer: Tokenizer) -> Sampler:
     """For a tokenizer: its padding and its beginning of a document never are what comes next."""
-    unwritten = {tokenizer.pad, tokenizer.bos} - {tokenizer.eos, None}
-    never = [id for id in unwritten if id is not None and not tokenizer.decode([id])]
-    return cls(section, tokenizer.vocab_size, tuple(sorted(never)))
+    never = {id for id in (tokenizer.pad, tokenizer.bos) if id is not None}
+    return cls(section, tokenizer.vocab_size, tuple(sorted(never - {*tokenizer.stops})))
 
   def __call__(self, logits: jax.Array, rows: jax.Array, positions: jax.Array) -> jax.Array:
     """logits [b v] -> ids [b] for these rows [b] at these positions [b]."""

@@ -13,6 +13,7 @@ from maxtext.specs import CacheQuantSpec
 class Decode:
   prompt: str
   prompts_file: str
+  use_chat_template: bool
   decode_sampling_strategy: Literal["greedy", "weighted", "nucleus", "topk"]
   decode_sampling_nucleus_p: Annotated[float, Bound(0, 1, above=True)]
   decode_sampling_top_k: Count

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from maxtext.data.chat import Chat
 from maxtext.data.tokenizers import Tokenizer
+from maxtext.errors import ConfigError
 from maxtext.layers.merging import Params
 from maxtext.serve.engine import Engine, Parts
 from maxtext.serve.sample import Sampler
@@ -12,18 +14,38 @@ from maxtext.serve.sections import Decode
 from maxtext.serve.streaming import TextStream
 
 
+def chat_of(tokenizer: Tokenizer, section: Decode) -> Chat | None:
+  """How prompts become messages; None: they stay texts. Raises ConfigError without a template."""
+  if not section.use_chat_template:
+    return None
+  if tokenizer.chat is None:
+    raise ConfigError("use_chat_template", "the tokenizer has no chat template; leave it away")
+  return tokenizer.chat
+
+
 class Writer:
   """Continues texts: `writer(params, ["Once"], 64)` is a list of what comes after each."""
 
   def __init__(self, parts: Parts, tokenizer: Tokenizer, section: Decode, bos: bool):
-    """With `bos`, a text begins with the token that began the documents in training."""
-    self.tokenizer = tokenizer
+    """With `bos`, a text begins with the token that began the documents in training; with
+    `use_chat_template` it is a user's message, and the template says what it begins with.
+
+    Raises ConfigError for a tokenizer without a chat template.
+    """
+    self.tokenizer, self._chat = tokenizer, chat_of(tokenizer, section)
     sampler = Sampler.of(section, tokenizer)
-    self.engine = Engine(parts, sampler, tokenizer.eos, section.cache_quant)
+    self.engine = Engine(parts, sampler, tokenizer.stops, section.cache_quant)
     self._head = [tokenizer.bos] if bos and tokenizer.bos is not None else []
 
+  @property
+  def answers(self) -> bool:
+    """Whether texts are messages, and what comes after them is the answer."""
+    return self._chat is not None
+
   def encode(self, text: str) -> list[int]:
-    """The ids that a text to be continued begins with."""
+    """The ids that a text to be continued begins with. Raises ConfigError as chat templates do."""
+    if self._chat is not None:
+      return self.tokenizer.encode(self._chat(text))
     return [*self._head, *self.tokenizer.encode(text)]
 
   def __call__(
@@ -68,4 +90,5 @@ class Writer:
     Raises ConfigError now, at the key `where` that `length` comes from, for what would fail then.
     """
     self.check([text], length, where)
-    return lambda params: text + self(params, [text], length)[0][0]
+    between = "\n" if self.answers else ""
+    return lambda params: text + between + self(params, [text], length)[0][0]

@@ -266,7 +266,7 @@ COMMAND_LINES = [
   ),
   (
     "tokenizer_path=base.yml",
-    "tokenizer_path: the byte tokenizer reads no file; set tokenizer_type=bpe",
+    "tokenizer_path: the byte tokenizer reads no file; set tokenizer_type=huggingface,",
   ),
   ("devices=4", "devices: virtual devices exist on CPUs only; set hardware=cpu"),
   # files that are not there

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from maxtext import config
-from maxtext.config import checks, documents
+from maxtext.config import documents, tokenizer
 from maxtext.config.decoder import ELSEWHERE, BlockFile
 from maxtext.config.sections import HINTS, SECTION_OF, SECTIONS, hint_of
 from maxtext.config.values import coerce, words
@@ -54,7 +54,7 @@ def test_every_default_is_of_its_type_and_stands_in_base_yml_alone():
 
 
 def test_the_byte_tokenizers_vocabulary_is_the_one_that_is_checked():
-  assert checks.BYTES == tokenizers.BYTES
+  assert tokenizer.BYTES == tokenizers.BYTES
 
 
 def test_every_type_can_be_put_into_words():

@@ -14,9 +14,10 @@ import tokenizers
 
 from maxtext.data import bpe, plays
 from maxtext.data.cache import Cache
-from maxtext.data.corpus import Tokens, open_corpus, vocabulary
+from maxtext.data.corpus import Tokens, open_corpus
 from maxtext.data.documents import hold_out, read
-from maxtext.errors import DataError
+from maxtext.data.kinds import vocabulary
+from maxtext.errors import ConfigError, DataError
 from tests.data.cases import corpus_of, section
 
 
@@ -115,7 +116,7 @@ def test_a_tokenizer_without_bos_is_refused_only_where_bos_is_wanted(folder, tmp
   model = tokenizers.models.WordLevel({"?": 0}, unk_token="?")
   tokenizers.Tokenizer(model).save(str(path))
   data = section(dataset_path=str(folder), tokenizer_type="bpe", tokenizer_path=str(path))
-  with pytest.raises(DataError, match="add_bos=true.*set add_bos=false"):
+  with pytest.raises(ConfigError, match="^add_bos: .* has no bos token; set add_bos=false"):
     open_corpus(data)
 
 

@@ -177,7 +177,7 @@ def test_a_tokenizer_json_is_read_by_path_or_folder(tmp_path):
   foreign(tmp_path)
   for path in (tmp_path, tmp_path / "tokenizer.json"):
     read = bpe.load(str(path))
-    assert (read.bos, read.eos, read.pad, read.vocab_size) == (3, 4, 4, 5)
+    assert (read.bos, read.eos, read.pad, read.vocab_size) == (3, 4, None, 5)
     assert read.encode("Hello world hello hello") == [0, 1, 0, 0]
     ids, lengths = read.encode_all(["World", "hello Hello world"])
     assert (ids.tolist(), lengths.tolist()) == ([1, 0, 0, 1], [1, 3])
@@ -192,8 +192,8 @@ def test_tokenizer_config_names_the_special_tokens(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1}', b"\xff", b"[" * 100_000])
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
   (tmp_path / "tokenizer.json").write_bytes(content)
-  with pytest.raises(DataError, match="tokenizer_path=.*tokenizer.json") as caught:
+  with pytest.raises(DataError, match="tokenizer.json: ") as caught:
     bpe.load(str(tmp_path / "tokenizer.json"))
   assert "\n" not in str(caught.value)
-  with pytest.raises(DataError, match="tokenizer_path=.*missing: cannot be read"):
+  with pytest.raises(DataError, match="missing: cannot be read: No such file"):
     bpe.load(str(tmp_path / "missing"))

@@ -21,11 +21,11 @@ _engines = {}
 def engine(decode):
   """Engines of one model and one way to sample share what they have compiled."""
 
-  def make(model, eos=None, **keys):
+  def make(model, *stops, **keys):
     key = (model.name, model.layout.mesh.shape_tuple, *keys.items())
     made = _engines.setdefault(key, Engine(model, Sampler(decode(**keys), 64)))
     made = copy.copy(made)
-    made.eos = eos
+    made.stops = stops
     return made
 
   return make

@@ -60,9 +60,9 @@ def test_an_unfinished_character_at_the_end_is_shown_as_such():
   assert pieces(ByteTokenizer(), [], ids) == ["a", "", "", BROKEN]
 
 
-def test_bytes_that_cannot_become_a_character_are_not_held_back():
-  out = pieces(ByteTokenizer(), [], [0x80 + 3] * 5)
-  assert out == ["", *[BROKEN] * 5]
+def test_bytes_that_cannot_become_a_character_are_held_back_no_longer_than_one_could_take():
+  out = pieces(ByteTokenizer(), [], [0x80 + 3] * 6)
+  assert out == ["", "", "", 3 * BROKEN, BROKEN, BROKEN, BROKEN]
 
 
 def test_special_tokens_give_nothing():
