@@ -101,7 +101,9 @@ class Tiktoken:
     """`content` of the .tiktoken. Raises DataError, which names the `file`."""
     library = package("tiktoken")
     ranks = _ranks(content, file)
-    layout = LAYOUTS.get(len(ranks)) or Layout("own", _CL100K, {END: len(ranks)})
+    layout = LAYOUTS.get(len(ranks)) or Layout(
+      "own", _CL100K, {END: max(ranks.values(), default=0) + 1}
+    )
     _check(ranks, layout, file)
     self._content, self._layout = content, layout
     try:

@@ -6,9 +6,11 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from maxtext.data import huggingface, sentencepiece_model, tiktoken_ranks
 from maxtext.data.bpe import Bpe
 from maxtext.data.tokenizers import ByteTokenizer
 from maxtext.serve.streaming import BROKEN, TextStream
+from tests.data import vocabularies
 
 TEXT = "añ€😀 e\u0301 日本\nلا \u200d👩\u200d🚀."
 
@@ -75,3 +77,37 @@ def test_spaces_between_words_are_kept():
   tokenizer = words()
   out = pieces(tokenizer, tokenizer.encode("to be"), [3, 4, 1, 2])
   assert out == [" or", " not", " to", " be", ""]
+
+
+KINDS = {
+  "byte_level": lambda folder: huggingface.load(str(vocabularies.huggingface(folder))),
+  "byte_fallback": lambda folder: huggingface.load(
+    str(vocabularies.huggingface(folder, "byte_fallback"))
+  ),
+  "sentencepiece": lambda folder: sentencepiece_model.load(
+    str(vocabularies.sentencepiece_model(folder))
+  ),
+  "tiktoken": lambda folder: tiktoken_ranks.load(
+    str(vocabularies.tiktoken_file(folder, vocabularies.ranks(600)))
+  ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prompt", ["", "To be", "😀"])
+def test_tokenizers_of_others_give_whole_characters_and_all_of_them(tmp_path, kind, prompt):
+  """Also where a decoder gives U+FFFD for each byte, or takes back the characters before."""
+  tokenizer, text = KINDS[kind](tmp_path), TEXT + "😀🚀日本 to be" + "é" * 9
+  ids = tokenizer.encode(prompt + text)
+  before = tokenizer.encode(prompt)
+  assert ids[: len(before)] == before
+  out = pieces(tokenizer, before, ids[len(before) :])
+  whole, shown = tokenizer.decode(ids), tokenizer.decode(before)
+  assert "".join(out) == whole[len(shown) :] and whole.startswith(shown)
+  assert not any(BROKEN in piece for piece in out) and out[-1] == ""
+
+
+def test_special_tokens_of_hugging_face_are_shown_as_they_are_written(tmp_path):
+  tokenizer = KINDS["byte_level"](tmp_path)
+  ids = tokenizer.encode("a<|im_start|>b é<s>")
+  assert "".join(pieces(tokenizer, [tokenizer.bos], ids)) == "a<|im_start|>b é<s>"
