@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from maxtext.errors import UserError
 from maxtext.log import log
 from maxtext.masks import Mask
 from maxtext.training.state import tree
+from tests.data import vocabularies
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -188,6 +190,78 @@ def test_a_trained_tokenizer_is_found_when_the_corpus_is_gone(say, tmp_path):
   (corpus / "a.txt").write_text("another language altogether " * 50)
   code, line = refusal(made, "prompt=to be")
   assert code == 3 and "its tokenizer.json is gone, and its data give another tokenizer" in line
+
+
+MADE = {
+  "huggingface": lambda folder: vocabularies.huggingface(folder / "hf"),
+  "sentencepiece": vocabularies.sentencepiece_model,
+  "tiktoken": lambda folder: vocabularies.tiktoken_file(folder, vocabularies.ranks(600)),
+}
+
+
+@pytest.fixture(scope="module", params=MADE)
+def foreign(request, tmp_path_factory):
+  """A run with a tokenizer from a file, which is gone from where training had it."""
+  folder = tmp_path_factory.mktemp("foreign")
+  path = MADE[request.param](folder)
+  keys = [f"tokenizer_type={request.param}", f"tokenizer_path={path}", "tokenizer_cache_dir="]
+  (folder / "text.txt").write_text("to be or not to be " * 50)
+  made = write(folder / "run", [*keys, f"dataset_path={folder / 'text.txt'}", "add_bos=false"])
+  path.rename(folder / "elsewhere")
+  return made, path, folder / "elsewhere"
+
+
+def test_a_run_keeps_the_tokenizer_that_it_read_from_a_file(foreign, say):
+  made, path, elsewhere = foreign
+  first, _ = say(made, "prompt=to be", "decode_length=4")
+  assert first.startswith("to be") and len(first) > len("to be\n")
+  kept = sorted(file for file in made.iterdir() if file.name.startswith("tokenizer"))
+  hidden = [file.rename(file.with_name(f"hidden-{file.name}")) for file in kept]
+  assert refusal(made, "prompt=to be")[0] == 3
+  elsewhere.rename(path)  # back where training had it
+  again, said = say(made, "prompt=to be", "decode_length=4")
+  assert again == first and "taking the tokenizer from where training had it" in said
+  path.rename(elsewhere)
+  for file, name in zip(hidden, kept):
+    file.rename(name)
+
+
+def test_a_tokenizer_that_was_changed_in_the_runs_folder_is_refused(foreign, tmp_path):
+  made = shutil.copytree(foreign[0], tmp_path / "copy")
+  other = tmp_path / "other"
+  other.mkdir()
+  if (made / "tokenizer.json").exists():
+    vocabularies.byte_level(vocab_size=370).save(str(made / "tokenizer.json"))
+  elif (made / "tokenizer.model").exists():
+    vocabularies.sentencepiece_model(other, "unigram").rename(made / "tokenizer.model")
+  else:
+    vocabularies.tiktoken_file(other, vocabularies.ranks(590)).rename(made / "tokenizer.tiktoken")
+  code, line = refusal(made, "prompt=to be")
+  assert code == 3 and "is not the tokenizer that the model has learned" in line
+
+
+def test_a_prompt_is_put_as_a_message_where_the_tokenizer_knows_how(say, tmp_path):
+  path = vocabularies.huggingface(tmp_path / "hf", generation_config={"eos_token_id": [1, 3]})
+  (tmp_path / "text.txt").write_text("to be or not to be " * 50)
+  keys = ["tokenizer_type=huggingface", f"dataset_path={tmp_path / 'text.txt'}"]
+  made = write(tmp_path / "run", [*keys, f"tokenizer_path={path}", "tokenizer_cache_dir="])
+  plain, _ = say(made, "prompt=to be", "decode_length=6")
+  told, _ = say(made, "prompt=to be", "decode_length=6", "use_chat_template=true")
+  message = "<|im_start|>user\nto be<|im_end|>\n<|im_start|>assistant\n"
+  want, _ = say(made, f"prompt={message}", "decode_length=6")  # bos goes before it, as in the chat
+  assert plain.startswith("to be") and told == "to be\n" + want.removeprefix(message)
+  refuses = TEMPLATE_THAT_REFUSES
+  (made / "tokenizer_config.json").write_text(json.dumps(vocabularies.CHAT_CONFIG | refuses))
+  code, line = refusal(made, "prompt=to be", "use_chat_template=true")
+  assert code == 2 and line == "use_chat_template: the chat template refuses: no; leave it away"
+  (made / "tokenizer_config.json").write_text(json.dumps(vocabularies.CHAT_CONFIG))
+  code, line = refusal(made, "prompt=to be", "use_chat_template=true")
+  assert (
+    code == 2 and line == "use_chat_template: the tokenizer has no chat template; leave it away"
+  )
+
+
+TEMPLATE_THAT_REFUSES = {"chat_template": "{{ raise_exception('no') }}"}
 
 
 def refusal(*words):

@@ -95,7 +95,7 @@ NEEDS = (
     ("tokenizer_vocab_size",),
     "an empty tokenizer_path, since that file has its own size",
     "tokenizer_path",
-    lambda c: not c.data.tokenizer_path,
+    lambda c: not c.data.tokenizer_path or c.data.tokenizer_type != "bpe",
   ),
   Need(
     ("use_chat_template",),

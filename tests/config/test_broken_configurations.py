@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from maxtext import program, trainer
+from maxtext.errors import UserError
+from tests.data import vocabularies
 
 ON_8 = "hardware=cpu devices=8 "
 
@@ -692,3 +698,111 @@ except ConfigErrors:
   heavy, seconds = run.stdout.rsplit(" ", 1)
   assert heavy == "[]"
   assert float(seconds) < 0.5  # of processor time since the start of the process
+
+
+HF, SPM, RANKS = (
+  f"tokenizer_type={kind} tokenizer_path=" for kind in ("huggingface", "sentencepiece", "tiktoken")
+)
+# What is typed where there are tokenizers, good and bad, and what the one line must contain; those
+# of the second table have to be opened to be seen through, which training does before all else.
+TOKENIZERS = [
+  (HF + "absent", "tokenizer_path: 'absent': no such file; name a tokenizer.json, or a folder"),
+  (HF + "empty", "tokenizer_path: 'empty': holds no tokenizer.json; name a tokenizer.json, or"),
+  (SPM + "absent.model", "tokenizer_path: 'absent.model': no such file; name a .model file"),
+  (SPM + "good", "tokenizer_path: 'good': is a folder; name a .model file"),
+  (RANKS + "absent", "tokenizer_path: 'absent': no such file; name a .tiktoken file"),
+  (RANKS + "good", "tokenizer_path: 'good': is a folder; name a .tiktoken file"),
+  ("tokenizer_type=bpe tokenizer_path=empty", "tokenizer_path: 'empty': holds no tokenizer.json"),
+  ("tokenizer_type=huggingface", "tokenizer_type: huggingface reads a file; set tokenizer_path="),
+  ("tokenizer_type=sentencepiece", "reads a file; set tokenizer_path=a .model file"),
+  ("tokenizer_type=tiktoken", "reads a file; set tokenizer_path=a .tiktoken file"),
+  ("tokenizer_type=hugingface", "'hugingface' is not known, did you mean 'huggingface'?"),
+  ("tokenizer_path=a.model", "tokenizer_path: the byte tokenizer", "tokenizer_type=sentencepiece"),
+  ("tokenizer_path=a.tiktoken", "tokenizer_path: the byte tokenizer", "tokenizer_type=tiktoken"),
+  (HF + "good tokenizer_vocab_size=500", "has an effect only with tokenizer_type=bpe"),
+  ("use_chat_template=true", "use_chat_template: has an effect only with tokenizer_type=hugging"),
+  (SPM + "spiece.model use_chat_template=true", "use_chat_template: has an effect only with"),
+]
+OPENED = [
+  (
+    HF + "cut.json",
+    3,
+    "tokenizer_path: cut.json: is cut short, or no file of the tokenizers",
+    "copy",
+  ),
+  (HF + "spiece.model", 3, "tokenizer_path: spiece.model: is cut short, or no file of the tok"),
+  (HF + "blank", 3, "tokenizer_path: blank: is empty; copy it again"),
+  (HF + "pointer", 3, "tokenizer_path: pointer: is a Git LFS pointer", "run `git lfs pull`"),
+  (SPM + "cut.model", 3, "tokenizer_path: cut.model: is cut short, or no SentencePiece model"),
+  (SPM + "ranks.tiktoken", 3, "tokenizer_path: ranks.tiktoken: is cut short, or no Sentence"),
+  (RANKS + "cut.tiktoken", 3, "tokenizer_path: cut.tiktoken:", "; copy the file again"),
+  (RANKS + "spiece.model", 3, "tokenizer_path: spiece.model:2: is no line of a token in base64"),
+  ("tokenizer_type=bpe tokenizer_path=cut.json", 3, "tokenizer_path: cut.json: is cut short"),
+  (
+    HF + "good vocab_size=100",
+    2,
+    "vocab_size: 100 rows are fewer than the tokenizer's 379 tokens; use at least 379, or null",
+  ),
+  (SPM + "spiece.model vocab_size=319", 2, "319 rows are fewer than the tokenizer's 320 tokens"),
+  (
+    RANKS + "ranks.tiktoken vocab_size=600 add_bos=false",
+    2,
+    "vocab_size: 600 rows are fewer than the tokenizer's 601 tokens; use at least 601",
+  ),
+  (RANKS + "ranks.tiktoken", 2, "ranks.tiktoken has no bos token; set add_bos=false"),
+  (
+    HF + "bare",
+    2,
+    "bare has no bos token; set add_bos=false, or name its bos_token in tokenizer_c",
+  ),
+]
+
+
+@pytest.fixture
+def tokenizers(folder: Path) -> Path:
+  vocabularies.huggingface(folder / "good")
+  bare = vocabularies.huggingface(folder / "bare", tokenizer_config={"bos_token": None})
+  ranks = vocabularies.tiktoken_file(folder, vocabularies.ranks(600))
+  model = vocabularies.sentencepiece_model(folder)
+  for whole, cut in ((bare / "tokenizer.json", "json"), (ranks, "tiktoken"), (model, "model")):
+    content = whole.read_bytes()
+    (folder / f"cut.{cut}").write_bytes(content[: len(content) // 2 - 1])
+  (folder / "empty").mkdir()
+  (folder / "blank").touch()
+  (folder / "pointer").write_text("version https://git-lfs.github.com/spec/v1\n")
+  return folder
+
+
+@pytest.mark.parametrize("typed, words", [(row[0], row[1:]) for row in TOKENIZERS])
+def test_a_tokenizer_that_is_not_there_is_refused_in_a_line(tokenizers, refused, typed, words):
+  one_line(refused(*typed.split(" ")), words)
+
+
+@pytest.mark.parametrize("typed, code, words", [(row[0], row[1], row[2:]) for row in OPENED])
+def test_a_tokenizer_that_does_not_do_is_refused_in_a_line_before_any_device(
+  tokenizers, loaded, typed, code, words, monkeypatch
+):
+  monkeypatch.setattr(program, "find_devices", lambda run: pytest.fail("a device was asked for"))
+  with pytest.raises(UserError) as caught:
+    trainer.train(loaded(*typed.split(" ")))
+  assert caught.value.exit_code == code
+  one_line(str(caught.value).split("\n"), ("command line  ", *words))
+
+
+@pytest.mark.parametrize("kind, package", [(SPM, "sentencepiece"), (RANKS, "tiktoken")])
+def test_a_missing_package_is_refused_in_a_line(tokenizers, refused, monkeypatch, kind, package):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  (line,) = refused(*f"{kind}spiece.model".split(" "))
+  assert f"needs the package {package}, which is not installed; pip install 'maxtext[hf]'" in line
+
+
+def test_loading_a_configuration_imports_no_tokenizer(tokenizers):
+  code = (
+    "import sys; from maxtext import config\n"
+    f"for words in {[HF + 'good', SPM + 'spiece.model', RANKS + 'ranks.tiktoken']!r}:\n"
+    "  config.load(words.split(' '))\n"
+    "print(*{'tokenizers', 'sentencepiece', 'tiktoken', 'jinja2', 'numpy'} & set(sys.modules))"
+  )
+  environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+  assert (done.stdout, done.stderr) == ("\n", "")
