@@ -16,6 +16,7 @@ from maxtext.data.cache import Cache
 from maxtext.data.corpus import open_corpus
 from maxtext.data.pipeline import eval_batches, train_batches
 from maxtext.errors import DataError
+from tests.data import vocabularies
 from tests.data.cases import PACKERS, corpus_of, numbered, section
 
 ROWS, LENGTH = 4, 10
@@ -182,6 +183,46 @@ def test_other_documents_in_the_tokens_of_another_tokenizer_are_refused():
   other = dataclasses.replace(other, fingerprint="b" * 64)
   with pytest.raises(DataError, match="tokenizer.json in the run's folder"):
     train_batches(other, section(), ROWS, LENGTH).restore(batches.state(), ["dataset_path"])
+
+
+FILES = {  # a tokenizer, and another one under the same name
+  "huggingface": (
+    vocabularies.huggingface,
+    lambda path: vocabularies.byte_level(370).save(str(path / "tokenizer.json")),
+  ),
+  "sentencepiece": (
+    vocabularies.sentencepiece_model,
+    lambda path: vocabularies.sentencepiece_model(path.parent, "unigram"),
+  ),
+  "tiktoken": (
+    lambda folder: vocabularies.tiktoken_file(folder, vocabularies.ranks(600)),
+    lambda path: vocabularies.tiktoken_file(path.parent, vocabularies.ranks(590)),
+  ),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_tokenizer_that_became_another_under_its_name_is_refused(folder, tmp_path_factory, kind):
+  place = tmp_path_factory.mktemp("made")
+  make, change = FILES[kind]
+  path = make(place)
+  data = section(
+    dataset_path=str(folder),
+    tokenizer_type=kind,
+    tokenizer_path=str(path),
+    tokenizer_cache_dir=str(place / "cache"),
+    add_bos=False,
+    num_epoch=-1,
+  )
+  batches = train_batches(open_corpus(data), data, ROWS, LENGTH)
+  take(batches, 2)
+  again = train_batches(open_corpus(data), data, ROWS, LENGTH)  # from tokens that were kept
+  again.restore(batches.state())
+  equal(next(again), next(batches))
+  change(path)
+  changed = train_batches(open_corpus(data), data, ROWS, LENGTH)
+  with pytest.raises(DataError, match="the tokenizer is not the checkpoint's"):
+    changed.restore(batches.state())
 
 
 def test_a_state_that_fewer_epochs_do_not_reach_is_refused(packer):

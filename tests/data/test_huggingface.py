@@ -8,6 +8,8 @@ import sys
 
 import numpy as np
 import pytest
+import transformers
+from transformers.utils import chat_template_utils
 
 from maxtext.data import chat, huggingface
 from maxtext.data.chat import Chat
@@ -27,7 +29,6 @@ PARTS += (
 @pytest.fixture(scope="module", params=vocabularies.FOLDERS)
 def pair(request, tmp_path_factory):
   """A tokenizer as we read it, and as transformers does."""
-  transformers = pytest.importorskip("transformers")
   folder = vocabularies.huggingface(tmp_path_factory.mktemp("made") / "it", request.param)
   return huggingface.load(str(folder)), transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -75,7 +76,6 @@ def test_a_saved_tokenizer_is_the_same_here_and_in_transformers(pair, texts, tmp
 
 @pytest.mark.parametrize("message", ["What is it?", "  <|im_end|>\né ", ""])
 def test_a_message_is_put_as_transformers_puts_it(tmp_path, message):
-  transformers = pytest.importorskip("transformers")
   folder = vocabularies.huggingface(tmp_path)
   ours, theirs = huggingface.load(str(folder)), transformers.AutoTokenizer.from_pretrained(folder)
   talk = [{"role": "user", "content": message}]
@@ -108,9 +108,10 @@ def test_of_several_chat_templates_the_default_is_taken(tmp_path):
   ],
 )
 def test_templates_mean_what_they_mean_in_transformers(template):
-  utils = pytest.importorskip("transformers.utils.chat_template_utils")
   talk = [{"role": "user", "content": "a <b> 'c' é"}]
-  want, _ = utils.render_jinja_template([talk], chat_template=template, add_generation_prompt=True)
+  want, _ = chat_template_utils.render_jinja_template(
+    [talk], chat_template=template, add_generation_prompt=True
+  )
   assert Chat(template, {})(talk[0]["content"]) == want[0]
 
 

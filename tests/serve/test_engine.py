@@ -71,6 +71,15 @@ def test_a_row_ends_with_eos_and_the_others_go_on(model, engine):
   assert new == want and heard == want
 
 
+def test_a_row_ends_with_whichever_of_several_ends_comes_first(model, engine):
+  model = model("mixed")
+  whole = engine(model).generate(model.params, PROMPTS, 20)
+  stops = {whole[0][7], whole[0][4], whole[1][9]}
+  want = [row[: next((i for i, id in enumerate(row) if id in stops), None)] for row in whole]
+  assert len(want[0]) <= 4 and len(want[1]) <= 9
+  assert engine(model, *stops).generate(model.params, PROMPTS, 20) == want
+
+
 def test_nothing_is_computed_once_all_rows_have_ended(model, engine):
   model = model("mixed")
   prompts = [PROMPTS[1]] * 3
