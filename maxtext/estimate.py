@@ -37,7 +37,7 @@ def forward_flops(spec: DecoderSpec, tokens: int, length: int) -> Flops:
   """One forward pass over `tokens` tokens in causal sequences of `length`."""
   pairs = sum(
     attention.heads * (attention.head_dim + _value_dim(attention)) * _pairs(length, attention)
-    for attention in (block.attention for block in _blocks(spec))
+    for attention in (block.attention for block in spec.blocks)
   )
   # q.k and weights.v: each a product of head_dim terms for every pair of tokens and every head
   return Flops(2.0 * matmul_parameters(spec) * tokens, 2.0 * pairs * tokens / length)
@@ -69,7 +69,7 @@ def _value_dim(spec: AttentionSpec) -> int:
 
 def matmul_parameters(spec: DecoderSpec) -> int:
   """Those that every token is multiplied by: no bias, norm or lookup, but the unembedding."""
-  blocks = sum(_projections(block, spec.width) for block in _blocks(spec))
+  blocks = sum(_projections(block, spec.width) for block in spec.blocks)
   return blocks + spec.width * spec.vocab
 
 
@@ -80,16 +80,15 @@ def parameter_count(spec: DecoderSpec) -> int:
     _projections(block, spec.width)
     + _biases(block.attention, block.mlp, spec.width)
     + _attention_norms(block.attention)
-    + 2 * _norm(block.norm, spec.width)
-    for block in _blocks(spec)
+    + _block_norms(block) * _norm(block.norm, spec.width)
+    for block in spec.blocks
   )
   return tables * spec.width + blocks + _norm(spec.norm, spec.width)
 
 
-def _blocks(spec: DecoderSpec) -> Iterator[BlockSpec]:
-  """Every block, as often as it stands in the decoder."""
-  for stage in spec.stages:
-    yield from stage.blocks * stage.repeat
+def _block_norms(block: BlockSpec) -> int:
+  """How many norms stand before and after a block's two parts."""
+  return 2 * block.pre_norm + block.post_attention_norm + block.post_mlp_norm
 
 
 def _projections(block: BlockSpec, width: int) -> int:

@@ -17,7 +17,7 @@ from maxtext.specs import BlockSpec
 
 
 class Block(nnx.Module):
-  """x [b t d] -> [b t d]: x + mixer(norm(x)), then x + mlp(norm(x)), as the spec varies it."""
+  """x [b t d] -> [b t d]: x + attention(norm(x)), then x + mlp(norm(x)), as the spec varies it."""
 
   def __init__(self, spec: BlockSpec, width: int, compute: Compute, rngs: nnx.Rngs):
     self.spec = spec

@@ -1,7 +1,6 @@
 """What a decoder is, as data: a model family is a value of these types, not a class of its own.
 
-Letters: d width, h query heads, g key/value heads, k head_dim, f mlp hidden, e experts,
-v vocabulary.
+Letters: d width, h query heads, g key/value heads, k head_dim, f mlp hidden, v vocabulary.
 """
 
 from maxtext.specs.attention import (
@@ -11,9 +10,8 @@ from maxtext.specs.attention import (
   QkNormSpec,
   TemperatureSpec,
 )
-from maxtext.specs.decoder import BlockSpec, DecoderSpec, MtpSpec, Stage, staged
-from maxtext.specs.delta import DeltaSpec
-from maxtext.specs.feedforward import Activation, MlpSpec, MoeSpec
+from maxtext.specs.decoder import BlockSpec, DecoderSpec, Stage, staged
+from maxtext.specs.feedforward import Activation, MlpSpec
 from maxtext.specs.norms import NormSpec
 from maxtext.specs.rotary import (
   ROPE_TYPES,
@@ -33,13 +31,10 @@ __all__ = [
   "BlockSpec",
   "CacheQuantSpec",
   "DecoderSpec",
-  "DeltaSpec",
   "GridRopeSpec",
   "LatentSpec",
   "LongScaling",
   "MlpSpec",
-  "MoeSpec",
-  "MtpSpec",
   "NormSpec",
   "NtkScaling",
   "QkNormSpec",

@@ -7,25 +7,20 @@ from collections.abc import Sequence
 
 from maxtext.errors import ConfigError
 from maxtext.specs.attention import AttentionSpec
-from maxtext.specs.delta import DeltaSpec
-from maxtext.specs.feedforward import MlpSpec, MoeSpec
+from maxtext.specs.feedforward import MlpSpec
 from maxtext.specs.limits import above, at_least
 from maxtext.specs.norms import NormSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
-  """One residual block: x + mixer(norm(x)), then x + mlp(norm(x)); `parallel`: both addends are
+  """One residual block: x + attention(norm(x)), then x + mlp(norm(x)); `parallel`: both addends are
   made from the same x. Each addend is normalised with post norms, and multiplied by
   `residual_scale`; dropout comes last.
-
-  The mixer is `attention` or a gated `delta` net, the feed-forward part an `mlp` or a `moe`.
   """
 
-  attention: AttentionSpec | None = None
-  mlp: MlpSpec | None = None
-  delta: DeltaSpec | None = None
-  moe: MoeSpec | None = None
+  attention: AttentionSpec
+  mlp: MlpSpec
   norm: NormSpec = NormSpec()
   pre_norm: bool = True
   post_attention_norm: bool = False
@@ -35,9 +30,6 @@ class BlockSpec:
   dropout: float = 0.0
 
   def __post_init__(self):
-    for one, other in (("attention", "delta"), ("mlp", "moe")):
-      if (getattr(self, one) is None) is (getattr(self, other) is None):
-        raise ConfigError(one, f"a block has either {one} or {other}; write one of them")
     if not 0 <= self.dropout < 1:
       raise ConfigError("dropout", f"{self.dropout} is not from 0 up to 1")
     above(self, 0, "residual_scale")
@@ -54,20 +46,6 @@ class Stage:
     if not self.blocks:
       raise ConfigError("blocks", "a stage needs at least one block")
     at_least(self, 1, "repeat")
-
-
-@dataclasses.dataclass(frozen=True)
-class MtpSpec:
-  """Multi-token prediction (DeepSeek-V3 2024, section 2.2): `layers` further blocks in a row, of
-  which block i predicts the token i + 2 ahead, from what the one before it made of a token and from
-  the embedding of the next.
-  """
-
-  layers: int
-  block: BlockSpec
-
-  def __post_init__(self):
-    at_least(self, 1, "layers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +66,6 @@ class DecoderSpec:
   embed_sqrt_width: bool = False
   logit_scale: float = 1.0
   final_soft_cap: float | None = None
-  mtp: MtpSpec | None = None
 
   def __post_init__(self):
     at_least(self, 1, "width", "vocab")
