@@ -26,20 +26,20 @@ pattern: [local, local, global]
 
 def test_like_takes_over_all_but_what_differs(loaded):
   spec = loaded("decoder_block=own.yml", files={"own.yml": OWN}).decoder(259)
-  local, _, last = spec.stages[0].blocks
+  local, _, last = spec.blocks[:3]
   assert (local.attention.window, last.attention.window) == (16, None)
   assert last.attention.rope.factor == 8 and last.attention.rope.max_timescale == 1000
   assert last.mlp == local.mlp and last.mlp.activations == ("gelu",)
 
 
-def test_whole_cycles_of_the_pattern_are_one_stage_and_the_rest_is_a_last_one(loaded):
+def test_the_layers_are_the_stages_that_compile_the_fewest_blocks(loaded):
   def shape(layers: int) -> list[tuple[int, int]]:
     config = loaded(f"base_num_decoder_layers={layers}", "decoder_block=own.yml", files=files)
     return [(len(stage.blocks), stage.repeat) for stage in config.decoder(259).stages]
 
   files = {"own.yml": OWN}
-  assert shape(3) == [(3, 1)] and shape(6) == [(3, 2)]
-  assert shape(8) == [(3, 2), (2, 1)] and shape(2) == [(2, 1)]
+  assert shape(3) == [(1, 2), (1, 1)] and shape(6) == [(3, 2)]
+  assert shape(8) == [(3, 2), (1, 2)] and shape(2) == [(1, 2)]
 
 
 def test_an_optional_part_may_depend_on_a_key(loaded):
@@ -164,4 +164,4 @@ def test_the_block_file_of_the_documentation_is_right(loaded):
   page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
   (own,) = re.findall(r"```yaml\n(# own\.yml.*?)```", page, re.DOTALL)
   spec = loaded("decoder_block=own.yml", files={"own.yml": own}).decoder(259)
-  assert [b.attention.window for b in spec.stages[0].blocks] == [128, 128, None]
+  assert [b.attention.window for b in spec.blocks[:3]] == [128, 128, None]
