@@ -19,6 +19,7 @@ PAGES = (
   "README.md",
   "docs/README.md",
   "docs/configuration.md",
+  "docs/families.md",
   "docs/running.md",
   "docs/checkpoints.md",
   "docs/decoding.md",

@@ -26,6 +26,9 @@ class Architecture:
   dropout_rate: Fraction
   vocab_size: Count | None
   logits_via_embedding: bool
+  embedding_multiplier: Positive
+  residual_multiplier: Positive
+  logits_multiplier: Positive
   normalization_layer_epsilon: Positive
   final_logits_soft_cap: Positive | None
   attn_logits_soft_cap: Positive | None
@@ -35,10 +38,13 @@ class Architecture:
   share_kv_projections: bool
   fused_qkv: bool
   use_qk_norm: bool
+  use_post_attn_norm: bool
+  use_post_ffw_norm: bool
   query_pre_attn_scalar: Positive | None
   trainable_position_size: Count
   rope_min_timescale: Positive
   rope_max_timescale: Positive
+  local_rope_max_timescale: Positive
   rope_linear_scaling_factor: Positive
   rope_type: Literal["default", "llama3.1", "yarn"]
   rope_use_scale: bool

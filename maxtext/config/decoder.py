@@ -125,7 +125,7 @@ class _Reading:
       if like := entries.pop("like", None):
         tree = dataclasses.replace(tree, value=entries)
         if isinstance(like.value, str) and like.value in trees:
-          tree = _merged(trees[like.value], tree)
+          tree = trees[like.value].under(tree)
         else:
           near = closest(str(like.value), trees)
           self._add(
@@ -257,16 +257,6 @@ def _at(node: Node, where: str) -> Node:
   for name in where.split("."):
     node = node.entries.get(name, node)
   return node
-
-
-def _merged(base: Node, over: Node) -> Node:
-  """`over` on top of `base`: mappings merge, all else replaces."""
-  if not isinstance(base.value, dict) or not isinstance(over.value, dict):
-    return over
-  entries = dict(base.value)
-  for name, node in over.value.items():
-    entries[name] = _merged(entries[name], node) if name in entries else node
-  return dataclasses.replace(over, value=entries)
 
 
 def _required(field: dataclasses.Field) -> bool:

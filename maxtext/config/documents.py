@@ -46,6 +46,24 @@ class Node:
   def kind(self) -> str:
     return {str: "text", list: "a list", dict: "a mapping"}[type(self.value)]
 
+  def under(self, over: Node) -> Node:
+    """`over` on top of this: mappings merge, all else replaces."""
+    if not isinstance(self.value, dict) or not isinstance(over.value, dict):
+      return over
+    entries = dict(self.value)
+    for name, node in over.value.items():
+      entries[name] = entries[name].under(node) if name in entries else node
+    return dataclasses.replace(over, value=entries)
+
+  def on_line(self, line: int) -> Node:
+    """The same tree, all of it on one line."""
+    value = self.value
+    if isinstance(value, dict):
+      value = {name: node.on_line(line) for name, node in value.items()}
+    elif isinstance(value, list):
+      value = [node.on_line(line) for node in value]
+    return dataclasses.replace(self, value=value, line=line)
+
 
 EMPTY = Node({})
 

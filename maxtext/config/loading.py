@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
@@ -15,7 +16,7 @@ from maxtext.config.complaints import Complain, Complaint, Lost, lines
 from maxtext.config.config import RULES, Config
 from maxtext.config.decoder import BlockFile, spec
 from maxtext.config.devices import on_devices
-from maxtext.config.documents import EMPTY
+from maxtext.config.documents import EMPTY, Node
 from maxtext.config.sections import HINTS, SECTIONS, hint_of
 from maxtext.config.sources import BASE, Setting
 from maxtext.config.values import Unfit, coerce, shown
@@ -97,20 +98,42 @@ def _block(
 ) -> BlockFile:
   """The decoder block file; for a file of one's own, `decoder_block` becomes its whole path."""
   name, setting = values["decoder_block"], history["decoder_block"][-1]
-  known = documents.names("decoder_blocks")
-  if "/" in name or name.endswith((".yml", ".yaml")):
-    path = documents.find(name, setting.folder)
-    problem = f"{shown(name)}: {documents.missing(name)}"
-  else:
-    path = documents.PACKAGED / "decoder_blocks" / f"{name}.yml" if name in known else None
-    offer = f"({', '.join(known)}, or the path of a .yml file)"
-    problem = f"{shown(name)} is no decoder block{closest(name, known)} {offer}"
+  path, problem = _block_path(name, setting.folder)
   if path is None:
     complain(Lost(setting.where, setting.typed, problem))
     return BlockFile(name, Path(name), EMPTY)
   own = path.parent != documents.PACKAGED / "decoder_blocks"
   values["decoder_block"] = str(path.resolve()) if own else path.stem
-  return BlockFile(name, path, sources.read(path, complain))
+  return BlockFile(name, path, _whole(path, complain))
+
+
+def _block_path(name: str, folder: Path | None) -> tuple[Path | None, str]:
+  """Where a decoder block is, by its name or by its path from `folder`; else what is wrong."""
+  known = documents.names("decoder_blocks")
+  if "/" in name or name.endswith((".yml", ".yaml")):
+    return documents.find(name, folder), f"{shown(name)}: {documents.missing(name)}"
+  offer = f"({', '.join(known)}, or the path of a .yml file)"
+  problem = f"{shown(name)} is no decoder block{closest(name, known)} {offer}"
+  return documents.PACKAGED / "decoder_blocks" / f"{name}.yml" if name in known else None, problem
+
+
+def _whole(path: Path, complain: Complain, after: tuple[Path, ...] = ()) -> Node:
+  """A block file's tree, on top of that of the file which it is `like`; what stands there counts as
+  standing on that line.
+  """
+  root = sources.read(path, complain)
+  entries = dict(root.entries)
+  if (like := entries.pop("like", None)) is None:
+    return root
+  root, chain = dataclasses.replace(root, value=entries), (*after, path.resolve())
+  name = like.value if isinstance(like.value, str) else ""
+  base, problem = _block_path(name, path.parent)
+  if base is not None and base.resolve() in chain:
+    base, problem = None, f"{shown(name)} is like this file itself; name another"
+  if base is None:
+    complain(Lost(f"{documents.shown(path)}:{like.line}", "like", problem))
+    return root
+  return _whole(base, complain, chain).on_line(like.line).under(root)
 
 
 def _generated_name(file: str | None) -> str:

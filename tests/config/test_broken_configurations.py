@@ -48,7 +48,7 @@ COMMAND_LINES = [
   ("decoder_block=./own.yml", "decoder_block: './own.yml': no such file"),
   (
     "decoder_block=",
-    "decoder_block: '' is no decoder block (gpt3, llama2, or the path of a .yml file)",
+    "decoder_block: '' is no decoder block (gemma, gemma2, ",
   ),
   # whole numbers
   ("steps=ten", "steps: 'ten' is not a whole number; write digits, as 10"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -165,3 +166,55 @@ def test_the_block_file_of_the_documentation_is_right(loaded):
   (own,) = re.findall(r"```yaml\n(# own\.yml.*?)```", page, re.DOTALL)
   spec = loaded("decoder_block=own.yml", files={"own.yml": own}).decoder(259)
   assert [b.attention.window for b in spec.blocks[:3]] == [128, 128, None]
+
+
+def test_a_file_may_be_like_another_file(loaded):
+  own = "like: olmo2\ntied: true\nblocks:\n  layer: {attention: {gate: true}}\n"
+  spec = loaded("decoder_block=own.yml", files={"own.yml": own}).decoder(259)
+  olmo = loaded("decoder_block=olmo2").decoder(259)
+  block, plain = spec.blocks[0], olmo.blocks[0]
+  assert spec.tied and not olmo.tied
+  assert block.attention.gate and not block.pre_norm and block.attention.qk_norm.whole
+  assert dataclasses.replace(block, attention=plain.attention) == plain
+
+
+def test_a_file_that_is_like_none_or_like_itself_is_refused_on_its_line(refused):
+  (line,) = refused("decoder_block=own.yml", files={"own.yml": "\nlike: olmo22\n"})
+  assert line.startswith("own.yml:2  like: 'olmo22' is no decoder block, did you mean 'olmo2'?")
+  files = {"own.yml": "like: ./b.yml\n", "b.yml": "tied: true\nlike: ./own.yml\n"}
+  (line,) = refused("decoder_block=own.yml", files=files)
+  assert line.startswith("b.yml:2  like: './own.yml' is like this file itself")
+
+
+def test_what_is_wrong_in_a_file_that_is_built_on_stands_on_its_line(refused):
+  files = {"own.yml": "tied: true\nlike: ./b.yml\n", "b.yml": OWN + "\n\nhumbug: 1\n"}
+  (line,) = refused("decoder_block=own.yml", files=files)
+  assert line.startswith("own.yml:2  humbug: no such part")
+
+
+def test_families_differ_as_they_were_published(loaded):
+  def blocks(name: str, layers: int = 6, *more: str):
+    keys = (f"base_num_decoder_layers={layers}", "sliding_window_size=64", *more)
+    return loaded(f"decoder_block={name}", *keys).decoder(259).blocks
+
+  window = lambda name: [b.attention.window for b in blocks(name, 8)]
+  assert window("gemma2") == [64, None] * 4
+  assert window("gemma3") == [64] * 5 + [None] + [64] * 2
+  assert window("olmo3") == [64, 64, 64, None] * 2
+  assert window("mistral") == [64] * 8
+  near, far = blocks("gemma3", 6, "rope_max_timescale=1000000", "rope_linear_scaling_factor=8")[4:]
+  assert (near.attention.rope.max_timescale, near.attention.rope.factor) == (10_000, 1)
+  assert (far.attention.rope.max_timescale, far.attention.rope.factor) == (1_000_000, 8)
+  near, far = blocks("olmo3", 4, "rope_type=yarn", "rope_interleave=false")[2:]
+  assert near.attention.rope.scaling is None and far.attention.rope.scaling.factor == 40
+  for name, kind, pre, post in (
+    ("gemma", "rms_plus_one", True, False),
+    ("gemma2", "rms_plus_one", True, True),
+    ("olmo2", "rms", False, True),
+    ("qwen3", "rms", True, False),
+  ):
+    for block in blocks(name):
+      assert (block.norm.kind, block.pre_norm, block.post_mlp_norm) == (kind, pre, post), name
+      assert block.post_attention_norm == post
+  biases = lambda name: (blocks(name)[0].attention.bias, blocks(name)[0].attention.out_bias)
+  assert biases("qwen2") == (True, False) and biases("llama2") == (False, None)

@@ -9,12 +9,14 @@ import pytest
 from flax import nnx
 
 from maxtext.errors import ConfigError
+from maxtext.layers.blocks import Block
 from maxtext.layers.decoder import Decoder
 from maxtext.layers.merging import Plan, parameters
 from maxtext.layers.params import Compute
 from maxtext.layers.sections import Memory
 from maxtext.layers.stacking import SAVED
 from maxtext.masks import Mask
+from maxtext.objectives.next_token import NextToken
 from maxtext.specs import (
   AttentionSpec,
   BlockSpec,
@@ -236,3 +238,61 @@ def test_rope_turns_channel_pairs_by_position_over_timescale():
 def test_a_wrong_spec_is_refused_by_name(make, says):
   with pytest.raises(ConfigError, match=says):
     make()
+
+
+WIRINGS = {
+  "post norms": {"post_attention_norm": True, "post_mlp_norm": True},
+  "only post norms": {"pre_norm": False, "post_attention_norm": True, "post_mlp_norm": True},
+  "parallel": {"parallel": True},
+  "scaled": {"residual_scale": 0.3, "post_mlp_norm": True},
+}
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_a_block_adds_what_its_spec_says(wiring):
+  """Against the published formulae, with the block's own two layers in them."""
+  own = WIRINGS[wiring]
+  spec = BlockSpec(AttentionSpec(4, 2, 8), MlpSpec(64), **own)
+  block = Block(spec, WIDTH, COMPUTE, nnx.Rngs(0))
+  rng = np.random.default_rng(0)
+  for norm in [p for path, p in nnx.to_flat_state(nnx.state(block)) if path[-1] == "scale"]:
+    norm.set_value(jnp.asarray(rng.normal(size=norm.shape), jnp.float32))
+  x = jnp.asarray(rng.normal(size=(2, LENGTH, WIDTH)), jnp.float32)
+  positions = jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))
+  mask = Mask.of(positions, jnp.ones_like(positions))
+
+  def unit(scale, y):
+    y = np.asarray(y, np.float64)
+    return y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(scale)
+
+  before = lambda norm, y: unit(norm.scale[...], y).astype(np.float32) if spec.pre_norm else y
+  after = lambda norm, y: unit(norm.scale[...], y) if norm is not None else np.asarray(y)
+  attended = block.attention(jnp.asarray(before(block.attention_norm, x)), mask)[0]
+  between = x + spec.residual_scale * after(block.post_attention_norm, attended)
+  fed = block.mlp(jnp.asarray(before(block.mlp_norm, x if spec.parallel else between)))
+  expected = between + spec.residual_scale * after(block.post_mlp_norm, fed)
+  assert_close(block(x, mask)[0], expected)
+
+
+def test_embeddings_and_logits_are_scaled_and_the_loss_knows():
+  spec = dataclasses.replace(SPECS["ungated"], positions=0)
+  scaled = dataclasses.replace(spec, embed_scale=3.0, embed_sqrt_width=True, logit_scale=0.25)
+  tokens = jnp.arange(2 * LENGTH).reshape(2, LENGTH) % VOCAB
+  plain, model = make(spec), make(scaled)
+  assert_close(model.embed(tokens), plain.embed(tokens) * (3 * WIDTH**0.5))
+  x = jax.random.normal(jax.random.key(0), (2, LENGTH, WIDTH))
+  assert_close(model.logits(x), plain.logits(x) / 4)
+  ones = jnp.ones((2, LENGTH), jnp.int32)
+  positions = jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))
+  batch = {"inputs": tokens, "inputs_position": positions, "inputs_segmentation": ones}
+  batch |= {"targets": tokens[:, ::-1], "targets_segmentation": ones}
+  graph, params = nnx.split(model)
+
+  def by_hand(params):
+    logits = nnx.merge(graph, params)(tokens, Mask.of(positions, ones))
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1).sum()
+
+  ours = lambda params: NextToken()(nnx.merge(graph, params), batch)["loss"].total
+  (a, da), (b, db) = (jax.value_and_grad(f)(params) for f in (ours, by_hand))
+  assert_close(a, b)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), da, db)
