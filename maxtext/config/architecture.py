@@ -20,6 +20,7 @@ class Architecture:
   head_dim: Count | None
   base_mlp_dim: Count
   base_num_decoder_layers: Count
+  layer_pattern: tuple[str, ...]
   mlp_activations: tuple[Activation, ...]
   mlp_bias: bool
   attention_bias: bool
@@ -50,10 +51,13 @@ class Architecture:
   rope_use_scale: bool
   rope_factor: Positive | None
   original_max_position_embeddings: Count | None
+  rope_low_freq_factor: Positive
+  rope_high_freq_factor: Positive
   beta_fast: Positive
   beta_slow: Positive
   rope_truncate: bool
   rope_attention_scaling: bool
+  rope_attention_factor: Positive | None
   rope_interleave: bool | None
   partial_rotary_factor: Fraction
 

@@ -29,6 +29,7 @@ ELSEWHERE = {  # keys that take effect whatever the block file says
   "decoder_block",
   "global_parameter_scale",
   "base_num_decoder_layers",
+  "layer_pattern",
   "vocab_size",
 }
 REFERENCE = re.compile(r"\$\{(.*?)\}")
@@ -63,7 +64,9 @@ def spec(
   reading = _Reading(_values(sizes))
   root = dict(reading.fill(file.root).entries)
   blocks = reading.blocks(root.pop("blocks", Node({}, file.root.line)))
-  pattern = reading.pattern(root.pop("pattern", None), blocks)
+  written, own = root.pop("pattern", None), sizes.layer_pattern
+  node = _filled(own, written.line if written else 0, "layer_pattern") if own else written
+  pattern = reading.pattern(node, blocks)
   layers = sizes.sizes()["base_num_decoder_layers"]
   ready = {"vocab": vocabulary, "stages": stages([blocks.get(name) for name in pattern], layers)}
   made = reading.build(DecoderSpec, Node(root), "", ready)
@@ -238,6 +241,10 @@ class _Reading:
 
   def _add(self, node: Node, path: str, problem: str) -> None:
     self.wrong += 1
+    last = path.rpartition(".")[2]
+    for line, other, *rest in self.problems:  # of a block that this one is like
+      if (line, other.rpartition(".")[2], *rest) == (node.line, last, problem, node.origin):
+        return
     self.problems.append((node.line, path, problem, node.origin))
 
 

@@ -218,3 +218,11 @@ def test_families_differ_as_they_were_published(loaded):
       assert block.post_attention_norm == post
   biases = lambda name: (blocks(name)[0].attention.bias, blocks(name)[0].attention.out_bias)
   assert biases("qwen2") == (True, False) and biases("llama2") == (False, None)
+
+
+def test_layer_pattern_takes_the_blocks_in_another_order(loaded, refused):
+  keys = ("decoder_block=llama2", "sliding_window_size=8", "base_num_decoder_layers=5")
+  spec = loaded(*keys, "layer_pattern=[full, layer]").decoder(259)
+  assert [b.attention.window for b in spec.blocks] == [None, 8, None, 8, None]
+  (line,) = refused(*keys, "layer_pattern=[fulll]")
+  assert line.startswith("command line  layer_pattern: 'fulll': no such block, did you mean 'full'?")

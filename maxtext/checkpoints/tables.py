@@ -1,0 +1,143 @@
+"""How our parameters are named and laid out elsewhere: a table that is read in both directions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+  """One or several of our parameters as one tensor of theirs.
+
+  `ours` are dotted paths, within a block where `theirs` has {l}, the number of a layer. `form` says
+  how the dimensions of one layer's parameter become those of the tensor, as 'd h k -> (h k) d', and
+  several are joined along `axis` of it. A map holds where its parameters exist.
+  """
+
+  ours: str | tuple[str, ...]
+  theirs: str
+  form: str = ""
+  axis: int = 0
+
+  @property
+  def parts(self) -> tuple[str, ...]:
+    """The paths, always several."""
+    return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+  """One tensor of theirs, `name`, and the parameters that it is made of.
+
+  Each part is (path, index into the leading layers axis or None, shape of that layer's parameter).
+  """
+
+  name: str
+  form: str
+  axis: int
+  parts: tuple[tuple[str, int | None, tuple[int, ...]], ...]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """That of the tensor."""
+    shapes = [formed(shape, self.form) for _, _, shape in self.parts]
+    first = list(shapes[0])
+    if len(shapes) > 1:
+      first[self.axis] = sum(shape[self.axis] for shape in shapes)
+    return tuple(first)
+
+  def join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Our layers' parameters, in the order of `parts` -> the tensor."""
+    made = [applied(array, self.form) for array in arrays]
+    return made[0] if len(made) == 1 else np.concatenate(made, self.axis)
+
+  def split(self, tensor: np.ndarray) -> list[np.ndarray]:
+    """The tensor -> our layers' parameters, in the order of `parts`."""
+    sizes = [formed(shape, self.form) for _, _, shape in self.parts]
+    pieces = [tensor]
+    if len(sizes) > 1:
+      pieces = np.split(tensor, np.cumsum([size[self.axis] for size in sizes])[:-1], self.axis)
+    return [undone(piece, self.form, part[2]) for piece, part in zip(pieces, self.parts)]
+
+
+def slots(table: Sequence[Map], shapes: Shapes, stages: Sequence[tuple[int, int]]) -> list[Slot]:
+  """Every tensor that parameters of these `shapes` make, in the table's order, layer by layer.
+
+  `stages` are (blocks, repeats). Raises KeyError with the path of a parameter that no map names.
+  """
+  found, used = [], set()
+  for entry in table:
+    places = _layers(stages) if "{l}" in entry.theirs else iter([(None, "", None)])
+    for number, prefix, index in places:
+      paths = [prefix + part for part in entry.parts]
+      if not all(path in shapes for path in paths):
+        continue
+      used.update(paths)
+      layer = [shapes[path] if index is None else shapes[path][1:] for path in paths]
+      parts = tuple((path, index, shape) for path, shape in zip(paths, layer))
+      found.append(Slot(entry.theirs.format(l=number), entry.form, entry.axis, parts))
+  for path in shapes:
+    if path not in used:
+      raise KeyError(path)
+  return found
+
+
+def _layers(stages: Sequence[tuple[int, int]]) -> Iterator[tuple[int | None, str, int | None]]:
+  """(number, prefix of its paths, place in the stacked parameters) of every layer, in order."""
+  number = 0
+  for s, (blocks, repeats) in enumerate(stages):
+    for r in range(repeats):
+      for b in range(blocks):
+        yield number, f"stages.{s}.blocks.{b}.", r
+        number += 1
+
+
+def _read(form: str) -> tuple[list[str], list[list[str]]]:
+  """'d h k -> (h k) d' -> [d, h, k] and [[h, k], [d]]."""
+  before, after = form.split("->")
+  groups: list[list[str]] = []
+  inside = False
+  for word in after.replace("(", " ( ").replace(")", " ) ").split():
+    if word in "()":
+      inside = word == "("
+      groups += [[]] if inside else []
+    elif inside:
+      groups[-1].append(word)
+    else:
+      groups.append([word])
+  return before.split(), groups
+
+
+def formed(shape: tuple[int, ...], form: str) -> tuple[int, ...]:
+  """What a parameter's shape becomes."""
+  if not form:
+    return shape
+  names, groups = _read(form)
+  sizes = dict(zip(names, shape, strict=True))
+  return tuple(math.prod(sizes[name] for name in group) for group in groups)
+
+
+def applied(array: np.ndarray, form: str) -> np.ndarray:
+  """The parameter as they have it."""
+  if not form:
+    return array
+  names, groups = _read(form)
+  order = [names.index(name) for group in groups for name in group]
+  return array.transpose(order).reshape(formed(array.shape, form))
+
+
+def undone(tensor: np.ndarray, form: str, shape: tuple[int, ...]) -> np.ndarray:
+  """The parameter of this shape from what they have."""
+  if not form:
+    return tensor
+  names, groups = _read(form)
+  sizes = dict(zip(names, shape, strict=True))
+  flat = [name for group in groups for name in group]
+  whole = tensor.reshape([sizes[name] for name in flat])
+  return whole.transpose([flat.index(name) for name in names])
