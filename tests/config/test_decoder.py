@@ -225,4 +225,6 @@ def test_layer_pattern_takes_the_blocks_in_another_order(loaded, refused):
   spec = loaded(*keys, "layer_pattern=[full, layer]").decoder(259)
   assert [b.attention.window for b in spec.blocks] == [None, 8, None, 8, None]
   (line,) = refused(*keys, "layer_pattern=[fulll]")
-  assert line.startswith("command line  layer_pattern: 'fulll': no such block, did you mean 'full'?")
+  assert line.startswith(
+    "command line  layer_pattern: 'fulll': no such block, did you mean 'full'?"
+  )
