@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from maxtext import config  # noqa: E402
-from maxtext.checkpoints import families, hub_config  # noqa: E402
+from maxtext.checkpoints import hub  # noqa: E402
 from maxtext.checkpoints.tables import applied, slots, undone  # noqa: E402
 from maxtext.config.values import render  # noqa: E402
 from maxtext.errors import CheckpointError  # noqa: E402
@@ -112,7 +112,7 @@ def twin(name: str, settings: dict[str, Any]) -> Any:
 
 def ours(described: dict[str, Any], tensors: dict[str, np.ndarray]) -> Decoder:
   """Our model with these tensors, each of which is taken and can be given back to the bit."""
-  keys = {key: v for key, v in hub_config.keys(described).items() if key != "vocab_size"}
+  keys = {key: v for key, v in hub.keys(described).items() if key != "vocab_size"}
   argv = [f"{key}={render(value)}" for key, value in keys.items()]
   loaded = config.load([*argv, "max_target_length=64"], {}, purpose="decode")
   spec = loaded.decoder(described["vocab_size"])
@@ -123,7 +123,7 @@ def ours(described: dict[str, Any], tensors: dict[str, np.ndarray]) -> Decoder:
   if spec.tied:
     left.pop("lm_head.weight")
   stages = [(len(stage.blocks), stage.repeat) for stage in spec.stages]
-  for slot in slots(families.TABLES[described["model_type"]], shapes, stages):
+  for slot in slots(hub.family(described).table, shapes, stages):
     tensor = left.pop(slot.name)
     assert tensor.shape == slot.shape, slot.name
     for (path, index, _), piece in zip(slot.parts, slot.split(tensor), strict=True):
@@ -158,23 +158,64 @@ def test_a_family_equals_its_twin(case):
   same(packed, 1 + (row >= SPLIT), tokens[:, :SPLIT], tokens[:, SPLIT:])
 
 
+# What does not count here: token ids, rates of dropout, and n_inner: a null is four widths.
+APART = {"architectures", "dtype", "attn_pdrop", "resid_pdrop", "embd_pdrop", "n_inner"}
+APART |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def plain(configuration: Any) -> dict[str, Any]:
+  return json.loads(configuration.to_json_string())
+
+
+def configuration(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+  kind = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
+  return plain(getattr(transformers, kind)(**settings))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_written_config_says_what_was_read(case):
+  """Our keys come back, and transformers reads the configuration that the twin has."""
+  theirs = configuration(*CASES[case])
+  keys, unread = hub.family(theirs).keys(theirs)
+  written = json.loads(json.dumps(hub.family(theirs).config(keys)))
+  assert hub.keys(written) == keys and not unread
+  back = plain(transformers.AutoConfig.for_model(**written))
+  assert {k: v for k, v in back.items() if k in theirs and k not in APART} == {
+    k: v for k, v in theirs.items() if k not in APART
+  }
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in CASES.values()}))
+def test_what_a_config_leaves_out_is_as_transformers_has_it(name):
+  """A field that is gone is as in the twin's class, or is said to be missing."""
+  theirs = configuration(name, {})
+  for field in theirs.keys() - APART - {"model_type"}:
+    rest = {key: value for key, value in theirs.items() if key != field}
+    try:
+      keys = hub.keys(rest)
+    except CheckpointError as error:
+      assert str(error) == f"config.json: {field} is missing"
+      continue
+    assert keys == hub.keys(plain(transformers.AutoConfig.for_model(**rest))), field
+
+
 def test_both_spellings_of_rotary_parameters_are_read():
   sizes = {"model_type": "llama", **SIZES, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
-  nested = hub_config.keys(sizes | {"rope_parameters": LLAMA3})
+  nested = hub.keys(sizes | {"rope_parameters": LLAMA3})
   scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
-  flat = hub_config.keys(sizes | {"rope_theta": 500.0, "rope_scaling": scaling})
+  flat = hub.keys(sizes | {"rope_theta": 500.0, "rope_scaling": scaling})
   assert nested == flat and flat["rope_type"] == "llama3.1" and flat["rope_factor"] == 4
 
 
 def test_what_is_not_known_is_named():
   with pytest.raises(CheckpointError, match="model_type 'mamba' is not known; there are llama, "):
-    hub_config.keys({"model_type": "mamba"})
+    hub.keys({"model_type": "mamba"})
   sizes = {"model_type": "llama", **SIZES, "rms_norm_eps": 1e-6}
   with pytest.raises(CheckpointError, match="activation 'tanh' is none of silu"):
-    hub_config.keys(sizes | {"hidden_act": "tanh"})
+    hub.keys(sizes | {"hidden_act": "tanh"})
   longrope = {"rope_type": "longrope", "factor": 4.0}
   with pytest.raises(CheckpointError, match="rope_type 'longrope' is none of default"):
-    hub_config.keys(sizes | {"hidden_act": "silu", "rope_parameters": longrope})
+    hub.keys(sizes | {"hidden_act": "silu", "rope_parameters": longrope})
 
 
 def test_a_form_is_undone_to_the_bit():

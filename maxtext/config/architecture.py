@@ -43,6 +43,7 @@ class Architecture:
   use_post_ffw_norm: bool
   query_pre_attn_scalar: Positive | None
   trainable_position_size: Count
+  max_position_embeddings: Count | None
   rope_min_timescale: Positive
   rope_max_timescale: Positive
   local_rope_max_timescale: Positive

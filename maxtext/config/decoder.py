@@ -30,6 +30,7 @@ ELSEWHERE = {  # keys that take effect whatever the block file says
   "global_parameter_scale",
   "base_num_decoder_layers",
   "layer_pattern",
+  "max_position_embeddings",
   "vocab_size",
 }
 REFERENCE = re.compile(r"\$\{(.*?)\}")

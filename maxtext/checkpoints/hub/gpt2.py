@@ -1,0 +1,86 @@
+"""GPT-2."""
+
+from __future__ import annotations
+
+from maxtext.checkpoints.hub.family import Family
+from maxtext.checkpoints.hub.parts import Act, Field, Function, Json, Keys, Only
+from maxtext.checkpoints.hub.tensors import TURN
+from maxtext.checkpoints.tables import Map
+
+H = "transformer.h.{l}."
+TENSORS = (
+  Map("embedding", "transformer.wte.weight"),
+  Map("positions", "transformer.wpe.weight"),
+  Map("norm.scale", "transformer.ln_f.weight"),
+  Map("norm.bias", "transformer.ln_f.bias"),
+  Map("unembedding", "lm_head.weight", TURN),
+  Map("attention_norm.scale", f"{H}ln_1.weight"),
+  Map("attention_norm.bias", f"{H}ln_1.bias"),
+  Map(
+    tuple(f"attention.{part}.kernel" for part in ("query", "key", "value")),
+    f"{H}attn.c_attn.weight",
+    "d h k -> d (h k)",
+    axis=1,
+  ),
+  Map(
+    tuple(f"attention.{part}.bias" for part in ("query", "key", "value")),
+    f"{H}attn.c_attn.bias",
+    "h k -> (h k)",
+  ),
+  Map("attention.out.kernel", f"{H}attn.c_proj.weight", "h k d -> (h k) d"),
+  Map("attention.out.bias", f"{H}attn.c_proj.bias"),
+  Map("mlp_norm.scale", f"{H}ln_2.weight"),
+  Map("mlp_norm.bias", f"{H}ln_2.bias"),
+  Map("mlp.up.kernel", f"{H}mlp.c_fc.weight"),
+  Map("mlp.up.bias", f"{H}mlp.c_fc.bias"),
+  Map("mlp.down.kernel", f"{H}mlp.c_proj.weight"),
+  Map("mlp.down.bias", f"{H}mlp.c_proj.bias"),
+)
+
+
+def _heads(config: Json) -> Keys:
+  count = config["n_head"]
+  return {
+    "base_num_query_heads": count,
+    "base_num_kv_heads": count,
+    "head_dim": config["n_embd"] // count,
+  }
+
+
+def _rates(keys: Keys) -> Json:
+  """Shares that are dropped in training, of which we have one."""
+  rate = keys.get("dropout_rate", 0.0)
+  return {"resid_pdrop": rate, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+FAMILIES = (
+  Family(
+    "gpt2",
+    "GPT2LMHeadModel",
+    "gpt2",
+    TENSORS,
+    (
+      Field("base_emb_dim", "n_embd"),
+      Function(_heads, lambda keys: {"n_head": keys["base_num_query_heads"]}),
+      Field("base_mlp_dim", "n_inner", null=lambda config: 4 * config["n_embd"]),
+      Field("base_num_decoder_layers", "n_layer"),
+      Field("vocab_size", "vocab_size"),
+      Field("trainable_position_size", "n_positions"),
+      Field("normalization_layer_epsilon", "layer_norm_epsilon"),
+      Act(("activation_function",), "gelu_new", gated=False),
+      Function(lambda config: {}, _rates),
+      Only("tie_word_embeddings", True),
+      Only("scale_attn_weights", True),
+      Only("scale_attn_by_inverse_layer_idx", False),
+      Only("add_cross_attention", False),
+    ),
+    {
+      "n_embd": 768,
+      "n_head": 12,
+      "n_layer": 12,
+      "n_positions": 1024,
+      "vocab_size": 50_257,
+      "layer_norm_epsilon": 1e-5,
+    },
+  ),
+)

@@ -1,0 +1,173 @@
+"""Rotary positions in a config.json, in both spellings: nested, and with rope_theta beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from maxtext.checkpoints.hub.parts import Json, Keys
+from maxtext.errors import CheckpointError
+
+KINDS = ("default", "linear", "llama3", "yarn")
+LOCAL, FULL = "sliding_attention", "full_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary positions of all layers alike; `theta` where the file does not say, and whether a part
+  of each head may turn.
+  """
+
+  theta: float = 10_000.0
+  partial: bool = False
+
+  def read(self, config: Json) -> Keys:
+    return read(_flat(config), self.theta, config, self.partial)
+
+  def write(self, keys: Keys) -> Json:
+    theta, scaling = written(keys)
+    own = {"partial_rotary_factor": keys.get("partial_rotary_factor", 1.0)} if self.partial else {}
+    return {"rope_theta": theta, "rope_scaling": scaling, **own}
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalRope:
+  """Rotary positions of their own, not scaled, in layers with a window.
+
+  Their theta is the field `local`, `local_theta` where the file does not say.
+  """
+
+  theta: float
+  local_theta: float
+  local: str = "rope_theta"
+
+  def read(self, config: Json) -> Keys:
+    nested = _nested(config)
+    if nested is None:
+      near, far = {"rope_theta": config.get(self.local)}, _flat(config)
+    else:
+      near, far = dict(nested.get(LOCAL) or {}), dict(nested.get(FULL) or {})
+      config.get(self.local)
+    if (kind := _kind(near)) != "default":
+      raise CheckpointError(
+        f"config.json: rope_type {kind!r} is not there for {LOCAL}; only 'default' is"
+      )
+    local = near.get("rope_theta") or self.local_theta
+    return {**read(far, self.theta, config, False), "local_rope_max_timescale": local}
+
+  def write(self, keys: Keys) -> Json:
+    theta, scaling = written(keys)
+    local = keys.get("local_rope_max_timescale", 10_000.0)
+    far = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
+    near = {"rope_type": "default", "rope_theta": local}
+    return {
+      "rope_theta": theta,
+      "rope_scaling": scaling,
+      self.local: theta if self.local == "rope_theta" else local,
+      "rope_parameters": {FULL: far, LOCAL: near},
+    }
+
+
+def read(rope: Json, theta: float, config: Json, partial: bool) -> Keys:
+  """The keys of one set of rotary parameters, of which `config` may have some besides."""
+  kind = _kind(rope)
+  found: Keys = {"rope_max_timescale": rope.get("rope_theta") or theta}
+  share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+  if share not in (None, 1) and not partial:
+    kind_of = config.get("model_type")
+    raise CheckpointError(f"config.json: partial_rotary_factor {share} is not there for {kind_of}")
+  if partial:
+    found["partial_rotary_factor"] = 1.0 if share is None else share
+  longest = config.get("max_position_embeddings")
+  original = config.get("original_max_position_embeddings")
+  original = rope.get("original_max_position_embeddings") or original or longest
+  if kind == "default":
+    return found
+  factor = rope.get("factor")
+  if factor is None and kind == "yarn" and original and longest:
+    factor = longest / original
+  if kind == "linear":
+    return found | {"rope_linear_scaling_factor": _needed(factor, "factor", kind)}
+  factor = _needed(factor, "factor", kind)
+  found |= {
+    "rope_factor": factor,
+    "original_max_position_embeddings": _needed(original, "original_max_position_embeddings", kind),
+  }
+  if kind == "llama3":
+    turns = ("low_freq_factor", "high_freq_factor")
+    found |= {f"rope_{name}": _needed(rope.get(name), name, kind) for name in turns}
+    return found | {"rope_type": "llama3.1"}
+  if kind == "yarn":
+    return found | {"rope_type": "yarn", "rope_interleave": False} | _yarn(rope, factor)
+  raise CheckpointError(f"config.json: rope_type {kind!r} is none of {', '.join(KINDS)}")
+
+
+def written(keys: Keys) -> tuple[float, Json | None]:
+  """rope_theta and rope_scaling."""
+  theta, kind = keys.get("rope_max_timescale", 10_000.0), keys.get("rope_type", "default")
+  stretch = keys.get("rope_linear_scaling_factor") or 1.0
+  if kind == "default" or (kind == "llama3.1" and not keys.get("rope_use_scale", True)):
+    return theta, None if stretch == 1 else {"rope_type": "linear", "factor": stretch}
+  scaling = {
+    "rope_type": {"llama3.1": "llama3"}.get(kind, kind),
+    "factor": float(keys["rope_factor"]),
+    "original_max_position_embeddings": keys["original_max_position_embeddings"],
+  }
+  if kind == "llama3.1":
+    low, high = keys.get("rope_low_freq_factor", 1), keys.get("rope_high_freq_factor", 4)
+    return theta, scaling | {"low_freq_factor": float(low), "high_freq_factor": float(high)}
+  fixed = keys.get("rope_attention_factor") if keys.get("rope_attention_scaling") else 1.0
+  scaling |= {"beta_fast": keys.get("beta_fast", 32), "beta_slow": keys.get("beta_slow", 1)}
+  scaling |= {} if keys.get("rope_truncate", True) else {"truncate": False}
+  if fixed is not None:
+    scaling |= {"attention_factor": float(fixed)}
+  return theta, scaling
+
+
+def _nested(config: Json) -> Mapping[str, Json] | None:
+  """rope_parameters by kinds of layers, if they are."""
+  new = config.get("rope_parameters") or {}
+  return new if isinstance(new.get(FULL), Mapping) or isinstance(new.get(LOCAL), Mapping) else None
+
+
+def _flat(config: Json) -> Json:
+  """Rotary parameters of all layers, whichever the spelling."""
+  if nested := _nested(config):
+    kinds = ", ".join(nested)
+    what = "all layers turn alike in this family"
+    raise CheckpointError(f"config.json: rope_parameters has kinds of layers ({kinds}); {what}")
+  rope: dict[str, Any] = {"rope_theta": config.get("rope_theta")}
+  for spelling in ("rope_parameters", "rope_scaling"):
+    told = config.get(spelling) or {}
+    rope |= {name: value for name, value in told.items() if value is not None}
+  return rope
+
+
+def _kind(rope: Json) -> str:
+  return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _needed(value: Any, name: str, kind: str) -> Any:
+  if value is None:
+    raise CheckpointError(f"config.json: rope_type {kind!r} needs {name}")
+  return value
+
+
+def _yarn(rope: Json, factor: float) -> Keys:
+  told = rope.get("attention_factor")
+  over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+  if told is None and over and under:
+    told = _mscale(factor, over) / _mscale(factor, under)
+  return {
+    "beta_fast": rope.get("beta_fast") or 32,
+    "beta_slow": rope.get("beta_slow") or 1,
+    "rope_truncate": rope.get("truncate", True),
+    "rope_attention_scaling": True,
+    "rope_attention_factor": told,
+  }
+
+
+def _mscale(factor: float, weight: float) -> float:
+  return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
