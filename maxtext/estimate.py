@@ -112,8 +112,12 @@ def _heads(spec: AttentionSpec, width: int) -> int:
 def _biases(attention: AttentionSpec, mlp: MlpSpec, width: int) -> int:
   groups = attention.kv_heads * (1 if attention.share_kv else 2)
   heads = (attention.heads * (2 if attention.gate else 1) + groups) * attention.head_dim
+  if (low := attention.latent) is not None:
+    heads = low.bias * (low.kv_rank + low.rope_dim + (low.q_rank or 0))
+  else:
+    heads *= attention.bias
   out = attention.bias if attention.out_bias is None else attention.out_bias
-  attending = attention.bias * heads + out * width + attention.sink * attention.heads
+  attending = heads + out * width + attention.sink * attention.heads
   return attending + mlp.bias * (len(mlp.activations) * mlp.hidden + width)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from maxtext.bounds import Count, Fraction, Positive
+from maxtext.bounds import Count, CountOrOff, Fraction, NotNegative, Positive, Whole
 from maxtext.specs import ROPE_TYPES, Activation
 
 
@@ -21,9 +22,11 @@ class Architecture:
   base_mlp_dim: Count
   base_num_decoder_layers: Count
   layer_pattern: tuple[str, ...]
+  blocks: Mapping[str, Any]
   mlp_activations: tuple[Activation, ...]
   mlp_bias: bool
   attention_bias: bool
+  attention_out_bias: bool | None
   dropout_rate: Fraction
   vocab_size: Count | None
   logits_via_embedding: bool
@@ -42,18 +45,31 @@ class Architecture:
   use_post_attn_norm: bool
   use_post_ffw_norm: bool
   query_pre_attn_scalar: Positive | None
+  nope_layer_interval: CountOrOff
+  temperature_tuning: bool
+  temperature_tuning_scale: NotNegative
+  temperature_tuning_floor_scale: Positive
+  q_lora_rank: Whole
+  kv_lora_rank: Count
+  qk_nope_head_dim: Count
+  qk_rope_head_dim: Count
+  v_head_dim: Count
+  mscale: NotNegative
+  mla_naive_kvcache: bool
   trainable_position_size: Count
   max_position_embeddings: Count | None
   rope_min_timescale: Positive
   rope_max_timescale: Positive
   local_rope_max_timescale: Positive
   rope_linear_scaling_factor: Positive
-  rope_type: Literal["default", "llama3.1", "yarn"]
+  rope_type: Literal["default", "llama3.1", "yarn", "dynamic", "longrope"]
   rope_use_scale: bool
   rope_factor: Positive | None
   original_max_position_embeddings: Count | None
   rope_low_freq_factor: Positive
   rope_high_freq_factor: Positive
+  rope_short_factors: tuple[Positive, ...]
+  rope_long_factors: tuple[Positive, ...]
   beta_fast: Positive
   beta_slow: Positive
   rope_truncate: bool
@@ -63,30 +79,12 @@ class Architecture:
   partial_rotary_factor: Fraction
 
   def complaints(self) -> Iterator[tuple[str, ...]]:
-    scale, heads, kv_heads = (
-      self.global_parameter_scale,
-      self.base_num_query_heads,
-      self.base_num_kv_heads,
-    )
+    scale = self.global_parameter_scale
     if scale & (scale - 1):
       below = 1 << (scale.bit_length() - 1)
       yield (
         "global_parameter_scale",
         f"{scale} is not a power of two; use {below} or {2 * below}, or set the base_ sizes",
-      )
-    if heads % kv_heads:
-      yield (
-        "base_num_kv_heads",
-        f"{heads} query heads cannot share {kv_heads} kv heads evenly; "
-        f"base_num_kv_heads must be one of {_divisors(heads)}",
-        "base_num_query_heads",
-      )
-    if self.head_dim is None and self.base_emb_dim % heads:
-      yield (
-        "base_emb_dim",
-        f"width {self.base_emb_dim} is not a multiple of {heads} heads; "
-        "change one of them, or set head_dim",
-        "base_num_query_heads",
       )
     if self.dropout_rate == 1:
       yield "dropout_rate", "1 drops everything; use a fraction below 1"
@@ -132,16 +130,29 @@ class Architecture:
 
   def rotary(self) -> dict[str, Any]:
     """The rope keys that may be null, as `rope_type` has them there."""
-    _, factor, length = ROPE_TYPES[self.rope_type]
-    interleave = self.rope_interleave
+    _, default, length = ROPE_TYPES.get(self.rope_type, (None, 1.0, 4096))
+    interleave, factor = self.rope_interleave, self.rope_factor or default
     return {
-      "rope_factor": self.rope_factor or factor,
+      "rope_factor": factor,
       "original_max_position_embeddings": self.original_max_position_embeddings or length,
       "rope_interleave": self.rope_type == "yarn" if interleave is None else interleave,
+      "rope_attention_factor": self.rope_attention_factor
+      or (1 if self.rope_type == "longrope" else None),
+      "latent_mscale": 0.1 * self.mscale * math.log(factor) + 1
+      if self.rope_type == "yarn"
+      else 1.0,
+    }
+
+  def latent(self) -> dict[str, Any]:
+    """What the sizes of latent attention are together, and the rank of its queries, if any."""
+    return {
+      "qk_head_dim": self.qk_nope_head_dim + self.qk_rope_head_dim,
+      "q_lora_rank": self.q_lora_rank or None,
     }
 
 
-def _divisors(n: int) -> str:
-  """`1, 2, 4, 8`, the last ten at most."""
-  found = [d for d in range(1, min(n, 4096) + 1) if n % d == 0]
-  return ", ".join(map(str, found[-10:]))
+# What block files may ask for besides keys, and the keys that it is made of.
+MADE = {
+  "qk_head_dim": {"qk_nope_head_dim", "qk_rope_head_dim"},
+  "latent_mscale": {"mscale", "rope_factor", "rope_type"},
+}

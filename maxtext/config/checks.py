@@ -134,10 +134,16 @@ NEEDS = (
     lambda c: _rope_type(c) in ("llama3.1", None),
   ),
   Need(
-    ("rope_factor", "original_max_position_embeddings"),
-    "rope_type=llama3.1 or yarn",
+    ("original_max_position_embeddings",),
+    "another rope_type than default",
     "rope_type",
     lambda c: _rope_type(c) != "default",
+  ),
+  Need(
+    ("rope_factor",),
+    "rope_type=llama3.1, yarn or dynamic",
+    "rope_type",
+    lambda c: _rope_type(c) not in ("default", "longrope"),
   ),
   Need(
     ("rope_factor", "original_max_position_embeddings"),
@@ -146,10 +152,37 @@ NEEDS = (
     lambda c: _rope_type(c) != "llama3.1" or c.architecture.rope_use_scale,
   ),
   Need(
-    ("beta_fast", "beta_slow", "rope_truncate", "rope_attention_scaling"),
+    ("beta_fast", "beta_slow", "rope_truncate", "rope_attention_scaling", "mscale"),
     "rope_type=yarn",
     "rope_type",
     lambda c: _rope_type(c) in ("yarn", None),
+  ),
+  Need(
+    ("rope_short_factors", "rope_long_factors"),
+    "rope_type=longrope",
+    "rope_type",
+    lambda c: _rope_type(c) in ("longrope", None),
+  ),
+  Need(
+    ("rope_attention_factor",),
+    "rope_type=longrope, or rope_type=yarn and rope_attention_scaling=true",
+    "rope_type",
+    lambda c: (
+      _rope_type(c) in ("longrope", None)
+      or (_rope_type(c) == "yarn" and c.architecture.rope_attention_scaling)
+    ),
+  ),
+  Need(
+    ("nope_layer_interval",),
+    "layer_pattern=[], whose blocks are the layers as they stand there",
+    "layer_pattern",
+    lambda c: not c.architecture.layer_pattern,
+  ),
+  Need(
+    ("temperature_tuning_scale", "temperature_tuning_floor_scale"),
+    "temperature_tuning=true",
+    "temperature_tuning",
+    lambda c: c.architecture.temperature_tuning,
   ),
   Need(
     tuple(key for key, section in SECTION_OF.items() if section == "kernel" and key[:3] == "sa_"),
@@ -237,7 +270,23 @@ def _model(config: Config) -> Iterator[Problem]:
       f"use at most {sizes.trainable_position_size}, or raise trainable_position_size",
       "trainable_position_size",
     )
-  head = sizes.sizes()["head_dim"]
+  head, heads = sizes.sizes()["head_dim"], sizes.base_num_query_heads
+  if "base_num_kv_heads" in uses and heads % sizes.base_num_kv_heads:
+    yield (
+      "base_num_kv_heads",
+      f"{heads} query heads cannot share {sizes.base_num_kv_heads} kv heads evenly; "
+      f"base_num_kv_heads must be one of {_divisors(heads)}",
+      "base_num_query_heads",
+    )
+  if "head_dim" not in uses:
+    return
+  if sizes.head_dim is None and sizes.base_emb_dim % heads:
+    yield (
+      "base_emb_dim",
+      f"width {sizes.base_emb_dim} is not a multiple of {heads} heads; "
+      "change one of them, or set head_dim",
+      "base_num_query_heads",
+    )
   if "rope_max_timescale" in uses and head % 2:
     others = ("head_dim",) if sizes.head_dim else ("base_emb_dim", "base_num_query_heads")
     yield (
@@ -245,6 +294,12 @@ def _model(config: Config) -> Iterator[Problem]:
       f"a head dimension of {head} is odd, and rotary positions turn pairs; make it even",
       *others[1:],
     )
+
+
+def _divisors(n: int) -> str:
+  """`1, 2, 4, 8`, the last ten at most."""
+  found = [d for d in range(1, min(n, 4096) + 1) if n % d == 0]
+  return ", ".join(map(str, found[-10:]))
 
 
 def _names(config: Config) -> Iterator[Problem]:

@@ -2,7 +2,8 @@
 
 A block file gives the fields of DecoderSpec; under `blocks` named blocks, of which a later one may
 say `like` an earlier one and only what differs; and the `pattern` of their names, which is cycled
-over the layers. `${key}` stands for an architecture key's value, after scaling. An optional part
+over the layers; `instead` puts other blocks in the place of some. `${key}` stands for an
+architecture key's value, after scaling. An optional part
 with `if: false` is absent. What has a `case` is the entry that the case names, and a part of which
 there are several kinds is of the `kind` it says.
 """
@@ -19,17 +20,18 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from maxtext.config import documents
-from maxtext.config.architecture import Architecture
+from maxtext.config.architecture import MADE, Architecture
 from maxtext.config.documents import EMPTY, Node
 from maxtext.config.values import Unfit, brief, coerce, render, shown, words
 from maxtext.errors import ConfigError, closest
-from maxtext.specs import BlockSpec, DecoderSpec, Stage, staged
+from maxtext.specs import BlockSpec, DecoderSpec, staged
 
 ELSEWHERE = {  # keys that take effect whatever the block file says
   "decoder_block",
   "global_parameter_scale",
   "base_num_decoder_layers",
   "layer_pattern",
+  "blocks",
   "max_position_embeddings",
   "vocab_size",
 }
@@ -41,21 +43,24 @@ Problem = tuple[int, str, str, str]
 
 @dataclasses.dataclass(frozen=True)
 class BlockFile:
-  """A decoder block file as it is written."""
+  """A decoder block file as it is written, or what a run's own `blocks` make of it: then `path` is
+  where these are.
+  """
 
   name: str
-  path: Path
+  path: Path | str
   root: Node
 
   @property
   def place(self) -> str:
     """The file as messages spell it."""
-    return documents.shown(self.path)
+    return self.path if isinstance(self.path, str) else documents.shown(self.path)
 
   @functools.cached_property
   def uses(self) -> set[str]:
     """The architecture keys that take effect with this block."""
-    return ELSEWHERE | {key for text in _texts(self.root) for key in REFERENCE.findall(text)}
+    named = {key for text in _texts(self.root) for key in REFERENCE.findall(text)}
+    return ELSEWHERE.union(*(MADE.get(key, {key}) for key in named))
 
 
 def spec(
@@ -67,23 +72,20 @@ def spec(
   blocks = reading.blocks(root.pop("blocks", Node({}, file.root.line)))
   written, own = root.pop("pattern", None), sizes.layer_pattern
   node = _filled(own, written.line if written else 0, "layer_pattern") if own else written
-  pattern = reading.pattern(node, blocks)
+  pattern, instead = reading.pattern(node, blocks), root.pop("instead", Node([]))
   layers = sizes.sizes()["base_num_decoder_layers"]
-  ready = {"vocab": vocabulary, "stages": stages([blocks.get(name) for name in pattern], layers)}
+  names = [pattern[i % len(pattern)] for i in range(layers)] if pattern else []
+  names = names if own else reading.exchanged(names, instead, blocks)
+  built = [block for name in names if (block := blocks.get(name)) is not None]
+  ready = {"vocab": vocabulary, "stages": staged(built) if built else ()}
   made = reading.build(DecoderSpec, Node(root), "", ready)
   return (None if reading.problems else made), reading.problems
-
-
-def stages(pattern: list[BlockSpec | None], layers: int) -> tuple[Stage, ...]:
-  """`layers` blocks by cycling `pattern`."""
-  blocks = [block for block in pattern if block is not None]
-  return staged([blocks[i % len(blocks)] for i in range(layers)]) if blocks else ()
 
 
 def _values(sizes: Architecture) -> dict[str, Any]:
   hidden = ELSEWHERE - {"base_num_decoder_layers"}
   values = {f.name: getattr(sizes, f.name) for f in dataclasses.fields(sizes)}
-  values |= sizes.sizes() | sizes.rotary()
+  values |= sizes.sizes() | sizes.rotary() | sizes.latent()
   return {key: value for key, value in values.items() if key not in hidden}
 
 
@@ -158,6 +160,30 @@ class _Reading:
       if name not in blocks:
         self._add(node or EMPTY, "pattern", f"{shown(name)}: no such block{closest(name, blocks)}")
     return list(names)
+
+  def exchanged(self, names: list[str], changes: Node, blocks: Mapping[str, Any]) -> list[str]:
+    """The layers' names after every change: `{every: 4, a: b}` puts b in the place of a in the last
+    of every 4 layers, `{first: 4, a: b}` in the first 4; a number below 1 in none.
+    """
+    for change in changes.value if isinstance(changes.value, list) else [changes]:
+      swap = dict(change.entries)
+      ways = [way for way in ("every", "first") if way in swap]
+      if len(ways) != 1:
+        self._add(
+          change, "instead", "is a list of changes such as {every: 4, a: b} or {first: 1, a: b}"
+        )
+        continue
+      number = self._value(int, swap.pop(ways[0]), f"instead.{ways[0]}") or 0
+      new = {name: str(node.value) for name, node in swap.items()}
+      for name in sorted({*new, *new.values()} - {*blocks}):
+        self._add(change, "instead", f"{shown(name)}: no such block{closest(name, blocks)}")
+      layers = range(len(names))
+      if ways == ["every"]:
+        layers = range(number - 1, len(names), number) if number > 0 else range(0)
+      else:
+        layers = layers[: max(number, 0)]
+      names = [new.get(name, name) if i in layers else name for i, name in enumerate(names)]
+    return names
 
   def build(
     self, cls: type, node: Node, path: str, ready: Mapping[str, Any] = types.MappingProxyType({})

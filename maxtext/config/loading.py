@@ -102,9 +102,22 @@ def _block(
   if path is None:
     complain(Lost(setting.where, setting.typed, problem))
     return BlockFile(name, Path(name), EMPTY)
+  root = _whole(path, complain)
   own = path.parent != documents.PACKAGED / "decoder_blocks"
   values["decoder_block"] = str(path.resolve()) if own else path.stem
-  return BlockFile(name, path, _whole(path, complain))
+  if not values["blocks"]:
+    return BlockFile(name, path, root)
+  return _with_own_blocks(BlockFile(name, path, root), history["blocks"][-1])
+
+
+def _with_own_blocks(file: BlockFile, own: Setting) -> BlockFile:
+  """The file with a run's own blocks on top; all of it stands where these do."""
+  place, _, line = own.where.rpartition(":")
+  blocks = Node({"blocks": own.node}, own.node.line)
+  if not line.isdigit():
+    place, blocks = own.where, blocks.on_line(0)
+  root = file.root.on_line(blocks.line).under(blocks)
+  return BlockFile(file.name, place, root)
 
 
 def _block_path(name: str, folder: Path | None) -> tuple[Path | None, str]:

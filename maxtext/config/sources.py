@@ -17,6 +17,7 @@ from maxtext.config.sections import SECTION_OF, SECTIONS, hint_of
 from maxtext.config.values import Unfit, brief, coerce, shown, takes_text, written
 from maxtext.errors import closest
 
+SPELLINGS = {"pattern": "layer_pattern"}  # other names that keys have
 BASE, PRESET, CHAIN = 0, 1, 2  # precedence; the files of a chain count up from here
 ENVIRONMENT, COMMAND_LINE = 1000, 1001
 
@@ -72,6 +73,7 @@ def of_text(text: str) -> list[Setting]:
 
 def value_node(key: str, text: str) -> Node:
   """A value from command line or environment: as typed, but lists and mappings are parsed."""
+  key = SPELLINGS.get(key, key)
   if key in SECTION_OF and text.startswith(("[", "{")) and not takes_text(hint_of(key)):
     problems: list[str] = []
     node = documents.parse(text, lambda _, problem: problems.append(problem))
@@ -82,8 +84,9 @@ def value_node(key: str, text: str) -> Node:
 def _known(settings: Iterable[Setting], complain: Complain) -> list[Setting]:
   known = []
   for setting in settings:
-    if setting.key in SECTION_OF:
-      known.append(setting)
+    key = SPELLINGS.get(setting.key, setting.key)
+    if key in SECTION_OF:
+      known.append(dataclasses.replace(setting, key=key))
     else:
       complain(Complaint(setting.where, brief(setting.typed), _unknown(setting)))
   return known
@@ -141,14 +144,14 @@ def _of_file(file: File, level: int, complain: Complain) -> list[Setting]:
   place, settings = documents.shown(path), list[Setting]()
   first: dict[str, int] = {}
 
-  def add(key: str, node: Node) -> None:
-    where = f"{place}:{node.line}"
+  def add(typed: str, node: Node) -> None:
+    where, key = f"{place}:{node.line}", SPELLINGS.get(typed, typed)
     if key in first:
       problem = f"stands on line {first[key]} too, in and outside of its section; keep one of them"
-      complain(Complaint(where, brief(key), problem))
+      complain(Complaint(where, brief(typed), problem))
     else:
       first[key] = node.line
-      settings.append(Setting(key, key, where, level, node, path.parent))
+      settings.append(Setting(key, typed, where, level, node, path.parent))
 
   for name, node in root.entries.items():
     if name in SECTIONS and isinstance(node.value, dict):

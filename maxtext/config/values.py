@@ -35,7 +35,7 @@ def coerce(hint: Any, node: Node) -> Any:
   if origin is tuple:
     return _tuple(args[0], node)
   if origin is collections.abc.Mapping:
-    return _mapping(args[1], node)
+    return _tree_of_names(node) if args[1] is Any else _mapping(args[1], node)
   if not isinstance(node.value, str):
     raise Unfit(f"is {node.kind}; write {words(hint)}")
   if node.null and hint is str:
@@ -147,6 +147,30 @@ def _mapping(hint: Any, node: Node) -> dict[str, Any]:
   return values
 
 
+def _tree_of_names(node: Node) -> dict[str, Any]:
+  """A mapping of whatever is written, to any depth."""
+  if not isinstance(node.value, dict):
+    raise Unfit(
+      f"is {node.kind}; write a mapping of names, as {{near: {{attention: {{window: 8}}}}}}"
+    )
+  return {name: _tree(item) for name, item in node.value.items()}
+
+
+def _tree(node: Node) -> Any:
+  if isinstance(node.value, dict):
+    return _tree_of_names(node)
+  if isinstance(node.value, list):
+    return tuple(map(_tree, node.value))
+  if node.quoted or node.null:
+    return None if node.null else _text(node.value)
+  for read in (_bool, _int, _float):
+    try:
+      return read(node.value)
+    except Unfit:
+      continue
+  return _text(node.value)
+
+
 def _pairs(items: list[Node]) -> dict[str, Node]:
   entries: dict[str, Node] = {}
   for item in items:
@@ -182,7 +206,7 @@ def words(hint: Any) -> str:
   if origin is tuple:
     return "a list, as [a, b]" if args[0] is str else f"a list, as [a, b]; each {words(args[0])}"
   if origin is collections.abc.Mapping:
-    return "a mapping of names to lists"
+    return "a mapping of names" if args[1] is Any else "a mapping of names to lists"
   if origin is Literal:
     return f"one of {_listed(args)}"
   return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]

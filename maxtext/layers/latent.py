@@ -40,13 +40,13 @@ class LatentAttention(GroupedAttention):
     if low.q_rank is None:
       self.query = self.init_query_w((0, 0, width), rngs)
     else:
-      self.wq_a = self._dense(rngs, "btd,dr->btr", False, embed=width, q_lora_up_proj=low.q_rank)
+      self.wq_a = self._dense(rngs, "btd,dr->btr", low.bias, embed=width, q_lora_up_proj=low.q_rank)
       self.q_norm = norm(low.q_rank)
       heads = {"q_heads": spec.heads, "kv": spec.head_dim}
       self.wq_b = self._dense(rngs, "btr,rhk->bthk", False, q_lora=low.q_rank, **heads)
     down, up = low.kv_rank + low.rope_dim, low.nope_dim + low.value_dim
     self.wkv_a = self._dense(
-      rngs, "btd,dr->btr", False, embed=kv_width or width, kv_lora_up_proj=down
+      rngs, "btd,dr->btr", low.bias, embed=kv_width or width, kv_lora_up_proj=down
     )
     self.kv_norm = norm(low.kv_rank)
     self.wkv_b = self.init_kv_w((low.kv_rank, spec.heads, up), rngs)

@@ -6,6 +6,7 @@ float32 always, whatever the activations are.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -52,12 +53,41 @@ def angles(positions: jax.Array, head_dim: int, spec: RopeSpec) -> jax.Array:
   by_pair = positions[..., None]
   if positions.ndim == 3 and spec.sections is not None:
     by_pair = positions[..., _axes(spec.sections)]
-  turns = jnp.asarray(frequencies(head_dim, spec), jnp.float32)
-  return by_pair.astype(jnp.float32) * turns
+  return by_pair.astype(jnp.float32) * _turns(positions, head_dim, spec)
+
+
+def _turns(positions: jax.Array, head_dim: int, spec: RopeSpec) -> jax.Array:
+  """positions [b t] -> [i] or, where lengths of documents count, [b t i] float32: frequencies."""
+  scaling, plain = spec.scaling, jnp.asarray(frequencies(head_dim, spec), jnp.float32)
+  if not isinstance(scaling, NtkScaling | LongScaling) or scaling.length is not None:
+    return plain
+  lengths = _lengths(positions)[..., None]
+  if isinstance(scaling, LongScaling):
+    beyond = dataclasses.replace(scaling, length=scaling.original_length + 1)
+    slowed = frequencies(head_dim, dataclasses.replace(spec, scaling=beyond))
+    return jnp.where(lengths > scaling.original_length, jnp.asarray(slowed, jnp.float32), plain)
+  over = jnp.maximum(lengths.astype(jnp.float32) / scaling.original_length, 1)
+  pair = np.arange(len(plain), dtype=np.float32)
+  return plain * (scaling.factor * over - (scaling.factor - 1)) ** (-pair / (len(plain) - 1))
+
+
+def _lengths(positions: jax.Array) -> jax.Array:
+  """positions [b t] -> [b t]: the tokens of each token's document, up to the last one here.
+
+  A document ends where the next token's position is not one more.
+  """
+  last = positions.shape[1] - 1
+  goes_on = positions[:, 1:] == positions[:, :-1] + 1
+  ends = jnp.where(jnp.pad(goes_on, ((0, 0), (0, 1))), last, jnp.arange(last + 1))
+  ends = jax.lax.cummin(ends, axis=1, reverse=True)
+  return jnp.take_along_axis(positions, ends, axis=1) + 1
 
 
 def frequencies(head_dim: int, spec: RopeSpec) -> np.ndarray:
-  """-> [i] float64: the radians by which each pair turns from a token to the next."""
+  """-> [i] float64: the radians by which each pair turns from a token to the next.
+
+  A scaling that goes by documents has those of a short one.
+  """
   pairs = spec.turning(head_dim) // 2
   plain = _plain(pairs, spec.min_timescale, spec.max_timescale)
   match spec.scaling:
@@ -66,11 +96,12 @@ def frequencies(head_dim: int, spec: RopeSpec) -> np.ndarray:
     case YarnScaling() as scaling:
       return _by_ramp(plain, spec, scaling)
     case NtkScaling() as scaling:
-      stretch = scaling.factor * max(scaling.length / scaling.original_length, 1)
+      length = scaling.length or scaling.original_length
+      stretch = scaling.factor * max(length / scaling.original_length, 1)
       slowest = (stretch - scaling.factor + 1) ** (pairs / (pairs - 1)) * spec.max_timescale
       return _plain(pairs, spec.min_timescale, slowest)
     case LongScaling() as scaling:
-      beyond = scaling.length > scaling.original_length
+      beyond = (scaling.length or 0) > scaling.original_length
       return plain / np.asarray(scaling.long if beyond else scaling.short)
   if spec.proportional:
     plain[int(spec.fraction * head_dim // 2) :] = 0

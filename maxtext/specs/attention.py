@@ -42,7 +42,8 @@ class LatentSpec:
   Keys and values are expanded from a latent of `kv_rank`, and all heads share a rotary key of
   `rope_dim`; queries come from one of `q_rank` (None: straight from the input). A head's query has
   nope_dim + rope_dim channels, its value value_dim. The scores' scale is multiplied by mscale^2.
-  A cache holds latents, or with `expanded_cache` keys and values.
+  A cache holds latents, or with `expanded_cache` keys and values. `bias`: of the projections down
+  to latents.
   """
 
   kv_rank: int
@@ -52,6 +53,7 @@ class LatentSpec:
   q_rank: int | None = None
   norm: NormSpec = NormSpec()
   mscale: float = 1.0
+  bias: bool = False
   expanded_cache: bool = False
 
   def __post_init__(self):

@@ -54,35 +54,42 @@ class YarnScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NtkScaling:
-  """The slowest timescale grows with the tokens of a run, `length`, beyond `original_length`.
+  """The slowest timescale grows with `length` tokens beyond `original_length`.
 
-  The length is static, unlike in "dynamic" scaling: a cached key fits every later query.
+  With a length of None it is that of each document, as far as it goes when it is computed: then a
+  token that is decoded turns its query by more than the keys of tokens that were there before it.
   """
 
   kind: Literal["ntk"] = "ntk"
   factor: float
   original_length: int
-  length: int
+  length: int | None = None
 
   def __post_init__(self):
-    at_least(self, 1, "factor", "original_length", "length")
+    at_least(self, 1, "factor", "original_length")
+    if self.length is not None:
+      at_least(self, 1, "length")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongScaling:
-  """LongRoPE (Ding et al. 2024): pair i is slowed by `long[i]` in a run of more than
-  `original_length` tokens, by `short[i]` in others; `attention_factor` multiplies cos and sin.
+  """LongRoPE (Ding et al. 2024): pair i is slowed by `long[i]` where there are more than
+  `original_length` tokens, by `short[i]` elsewhere; `attention_factor` multiplies cos and sin.
+
+  The tokens are `length`, or with None those of each document, as in NtkScaling.
   """
 
   kind: Literal["long"] = "long"
   short: tuple[float, ...]
   long: tuple[float, ...]
   original_length: int
-  length: int
+  length: int | None = None
   attention_factor: float = 1.0
 
   def __post_init__(self):
-    at_least(self, 1, "original_length", "length")
+    at_least(self, 1, "original_length")
+    if self.length is not None:
+      at_least(self, 1, "length")
     above(self, 0, "attention_factor")
     for name in ("short", "long"):
       if not all(factor > 0 for factor in getattr(self, name)):
@@ -158,6 +165,8 @@ class RopeSpec:
       raise ConfigError(
         "factor", f"{self.factor:g} and a scaling both stretch positions; leave one away"
       )
+    if self.sections is not None and getattr(self.scaling, "length", 0) is None:
+      raise ConfigError("scaling", "goes by documents, which have one axis; set its length")
     if self.scaling is not None and self.proportional:
       raise ConfigError("proportional", "has no scaling; leave the scaling away, or use factor")
 

@@ -48,7 +48,7 @@ COMMAND_LINES = [
   ("decoder_block=./own.yml", "decoder_block: './own.yml': no such file"),
   (
     "decoder_block=",
-    "decoder_block: '' is no decoder block (gemma, gemma2, ",
+    "decoder_block: '' is no decoder block (custom, ",
   ),
   # whole numbers
   ("steps=ten", "steps: 'ten' is not a whole number; write digits, as 10"),
@@ -195,7 +195,7 @@ COMMAND_LINES = [
     "rope_type=yarn rope_linear_scaling_factor=2",
     "rope_linear_scaling_factor: 2 and a scaling both stretch positions; leave one away",
   ),
-  ("rope_factor=8", "rope_factor: has an effect only with rope_type=llama3.1 or yarn; set that"),
+  ("rope_factor=8", "rope_factor: has an effect only with rope_type=llama3.1, yarn or dynamic"),
   (
     "rope_type=llama3.1 rope_use_scale=false rope_factor=8",
     "rope_factor: has an effect only with rope_use_scale=true",

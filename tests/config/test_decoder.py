@@ -228,3 +228,99 @@ def test_layer_pattern_takes_the_blocks_in_another_order(loaded, refused):
   assert line.startswith(
     "command line  layer_pattern: 'fulll': no such block, did you mean 'full'?"
   )
+
+
+def test_blocks_may_take_the_place_of_those_of_the_pattern(loaded, refused):
+  own = OWN.replace("pattern: [local, local, global]", "pattern: [local]\ninstead:\n")
+  own += "  - {every: 3, local: global}\n  - {first: 1, local: global}\n"
+
+  def windows(*argv: str, text: str = own) -> list[int | None]:
+    keys = ("decoder_block=own.yml", "base_num_decoder_layers=7", *argv)
+    spec = loaded(*keys, files={"own.yml": text}).decoder(259)
+    return [b.attention.window for b in spec.blocks]
+
+  assert windows() == [None, 16, None, 16, 16, None, 16]
+  assert windows(text=own.replace("every: 3", "every: -1")) == [None, *[16] * 6]
+  assert windows("layer_pattern=[local]") == [16] * 7
+  for wrong, says in (
+    ("{every: 3, local: globe}", "instead: 'globe': no such block, did you mean 'global'?"),
+    ("{every: 3, first: 1, local: global}", "instead: is a list of changes such as {every: 4"),
+    ("{every: often, local: global}", "instead.every: 'often' is not a whole number"),
+  ):
+    text = own.replace("{every: 3, local: global}", wrong)
+    (line,) = refused("decoder_block=own.yml", files={"own.yml": text})
+    assert line.startswith("own.yml:") and f"  {says}" in line
+
+
+def test_layers_without_rotary_positions_come_at_their_interval(loaded, refused):
+  def blocks(*argv: str):
+    return loaded("decoder_block=llama4", "base_num_decoder_layers=4", *argv).decoder(259).blocks
+
+  keys = ("nope_layer_interval=2", "chunk_attn_window_size=8", "use_qk_norm=true")
+  near, far = blocks(*keys, "temperature_tuning=true")[:2]
+  assert near.attention.rope and near.attention.chunk == 8 and near.attention.qk_norm.rotated
+  assert far.attention.rope is far.attention.chunk is far.attention.qk_norm is None
+  assert far.attention.temperature.floor_scale == 8192 and near.attention.temperature is None
+  assert all(block.attention.rope for block in blocks())
+  (line,) = refused("decoder_block=llama4", "nope_layer_interval=2", "layer_pattern=[layer]")
+  assert "nope_layer_interval: has an effect only with layer_pattern=[]" in line
+
+
+CUSTOM = """\
+decoder_block: custom
+blocks:
+  near:
+    attention: {heads: 4, kv_heads: 2, head_dim: 8, window: 8, rope: {max_timescale: 1e3}}
+    mlp: {hidden: "${base_mlp_dim}", activations: [gelu]}
+  far: {like: near, attention: {window: null, qk_norm: {kind: rms, eps: 1.0e-5}}}
+pattern: [near, far]
+"""
+
+
+def test_a_run_may_define_its_own_blocks(loaded):
+  config = loaded("run.yml", "base_mlp_dim=48", files={"run.yml": CUSTOM})
+  near, far = config.decoder(259).blocks[:2]
+  assert (near.attention.window, far.attention.window) == (8, None)
+  assert near.mlp.hidden == 48 and far.attention.qk_norm == QkNormSpec("rms", 1e-5)
+  again = loaded("config.yml", files={"config.yml": config.resolved()})
+  assert again == config and again.decoder(259) == config.decoder(259)
+  assert not again.changes(config.resolved())
+  other = loaded(
+    "run.yml", "base_mlp_dim=48", files={"run.yml": CUSTOM.replace("window: 8", "window: 9")}
+  )
+  assert "blocks" in [key for key, *_ in other.changes(config.resolved())]
+
+
+def test_own_blocks_go_on_top_of_a_familys(loaded):
+  own = "blocks={layer: {attention: {gate: true}}, tail: {like: layer, parallel: true}}"
+  blocks = loaded("decoder_block=qwen2", own, "layer_pattern=[layer, tail]").decoder(259).blocks
+  assert all(block.attention.gate and block.attention.out_bias is False for block in blocks)
+  assert [block.parallel for block in blocks] == [False, True] * 2
+
+
+def test_what_is_wrong_in_own_blocks_stands_where_it_is_written(refused):
+  def lines(text: str, *argv: str) -> list[str]:
+    return refused("run.yml", *argv, files={"run.yml": text})
+
+  (line,) = lines(CUSTOM.replace("window: 8", "windw: 8"))
+  assert line.startswith("run.yml:4  blocks.near.attention.windw: no such part, did you mean 'wind")
+  (line,) = lines(CUSTOM.replace("[near, far]", "[near, fear]"))
+  assert line.startswith("run.yml:7  pattern: 'fear': no such block, did you mean 'far'?")
+  (line,) = lines("decoder_block: custom\n")
+  assert line.startswith("configs/decoder_blocks/custom.yml") and "blocks: is missing" in line
+  (line,) = lines("blocks: [near]\n")
+  assert line.startswith("run.yml:1  blocks: is a list; write a mapping of names, as {near: {")
+  (line,) = lines("", "blocks={layer: {mlp: {hiden: 8}}}")
+  assert line.startswith(
+    "command line  blocks.layer.mlp.hiden: no such part, did you mean 'hidden'"
+  )
+  (line,) = lines(CUSTOM, "mlp_bias=true")
+  assert "mlp_bias: decoder block 'custom' does not use it" in line
+
+
+def test_the_blocks_of_the_documentation_are_right(loaded):
+  page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+  (own,) = re.findall(r"```yaml\n(# run\.yml.*?)```", page, re.DOTALL)
+  near, far = loaded("run.yml", files={"run.yml": own}).decoder(259).blocks[:2]
+  assert near.attention.sink and near.attention.window == 8 and near.attention.rope
+  assert not far.attention.sink and far.attention.window is far.attention.rope is None

@@ -115,7 +115,9 @@ def test_presets_have_the_parameters_that_they_are_named_for():
 
 def test_every_block_file_makes_a_decoder_from_the_defaults():
   for name in documents.names("decoder_blocks"):
-    spec = config.load([f"decoder_block={name}"], {}).decoder(259)
+    mine = "{layer: {attention: {heads: 2, kv_heads: 1, head_dim: 8}, mlp: {hidden: 8}}}"
+    own = [f"blocks={mine}"] if name == "custom" else []
+    spec = config.load([f"decoder_block={name}", *own], {}).decoder(259)
     assert spec.vocab == 259 and spec.depth == 4
 
 

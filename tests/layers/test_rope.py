@@ -385,6 +385,31 @@ def test_long_factors_count_beyond_the_original_length(twins, length):
   check_frequencies(twins, spec, parameters, 32, length)
 
 
+@pytest.mark.parametrize(
+  "scaling",
+  [dataclasses.replace(LONG, length=None), NtkScaling(factor=4, original_length=64)],
+  ids=["long", "ntk"],
+)
+def test_each_document_turns_as_its_own_length_says(scaling):
+  """Packed rows, a row with padding on its left, and a single token, which ends its document."""
+  documents = [(80, 50), (30, 100), (64, 66)]
+  positions = np.stack([np.r_[np.arange(a), np.arange(b)] for a, b in documents])
+  padded = np.r_[np.zeros(25, int), np.arange(105)]
+  found = rope.angles(jnp.asarray(np.vstack([positions, padded])), 32, RopeSpec(scaling=scaling))
+  for row, lengths in enumerate([*documents, (25, 105)]):
+    start = 0
+    for length in lengths:
+      fixed = RopeSpec(scaling=dataclasses.replace(scaling, length=length))
+      here = np.arange(start, start + length)
+      if (row, start) != (3, 0):
+        expected = rope.angles(jnp.arange(length)[None], 32, fixed)[0]
+        np.testing.assert_allclose(found[row, here], expected, rtol=1e-5, atol=1e-5)
+      start += length
+  alone = rope.angles(jnp.asarray([[70]]), 32, RopeSpec(scaling=scaling))
+  fixed = RopeSpec(scaling=dataclasses.replace(scaling, length=71))
+  np.testing.assert_allclose(alone, rope.angles(jnp.asarray([[70]]), 32, fixed), rtol=1e-5)
+
+
 def check_frequencies(twins, spec, parameters, head_dim, length):
   from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -25,6 +25,7 @@ DEFAULTS = {
   "attention_bias": False,
 }
 KINDS = {"sliding_attention": "layer", "full_attention": "full"}
+NEAR = {**KINDS, "sliding_attention": "local"}
 CAUSAL = Only("use_bidirectional_attention", False)
 GELU = "gelu_pytorch_tanh"
 CAPPED = (
@@ -87,7 +88,7 @@ FAMILIES = (
     DENSE_AROUND,
     (
       *CAPPED,
-      Layers((*["layer"] * 5, "full"), KINDS, every="sliding_window_pattern"),
+      Layers((*["local"] * 5, "full"), NEAR, every="sliding_window_pattern"),
       LocalRope(1_000_000.0, 10_000.0, local="rope_local_base_freq"),
     ),
     {

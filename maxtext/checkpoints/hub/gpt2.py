@@ -69,7 +69,7 @@ FAMILIES = (
       Field("normalization_layer_epsilon", "layer_norm_epsilon"),
       Act(("activation_function",), "gelu_new", gated=False),
       Function(lambda config: {}, _rates),
-      Only("tie_word_embeddings", True),
+      Field("logits_via_embedding", "tie_word_embeddings"),
       Only("scale_attn_weights", True),
       Only("scale_attn_by_inverse_layer_idx", False),
       Only("add_cross_attention", False),
@@ -81,6 +81,7 @@ FAMILIES = (
       "n_positions": 1024,
       "vocab_size": 50_257,
       "layer_norm_epsilon": 1e-5,
+      "tie_word_embeddings": True,
     },
   ),
 )
