@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from maxtext import config as configs
-from maxtext import hardware
+from maxtext import hardware, resume
 from maxtext import log as logs
 from maxtext.checkpoints.folder import locate, read_extra
 from maxtext.config import Config
@@ -126,7 +126,9 @@ def _write(config: Config, folder: Path, prompts: list[str]) -> None:
     from maxtext.serve.writer import Writer, chat_of
 
     step_folder, manifest = found.result()
-  digest = read_extra(step_folder, manifest).get("data", {}).get("tokenizer")
+  saved = read_extra(step_folder, manifest)
+  resume.check_model(config, saved)
+  digest = saved.get("data", {}).get("tokenizer")
   tokenizer, vocabulary = _tokenizer(config.data, folder, digest)
   if chat := chat_of(tokenizer, config.decode):
     for prompt in prompts:

@@ -4,12 +4,18 @@ do.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from maxtext.config import Config
-from maxtext.errors import ConfigErrors
+from maxtext.config.decoder import spec
+from maxtext.config.values import brief
+from maxtext.errors import CheckpointError, ConfigErrors
 from maxtext.log import log
+
+FACTS, CONFIG, DATA = "facts", "config", "data"  # what a checkpoint holds beside the state
+MODEL = "model"  # the fact that says what the decoder block file made of the sizes
 
 # Sections of which every key is part of what a run computes, and single keys of others that are.
 _SECTIONS = ("architecture", "precision", "data", "optimizer")
@@ -20,25 +26,45 @@ _HOW = ("tokenizer_cache_dir",)
 
 def facts(config: Config, devices: int) -> dict[str, Any]:
   """What a checkpoint notes of its run besides the configuration, to compare on resume."""
-  return {"global_batch": config.training.global_batch(devices), "devices": devices}
+  batch = config.training.global_batch(devices)
+  return {"global_batch": batch, "devices": devices, MODEL: _model(config, {})}
 
 
-def check(config: Config, saved_text: str, saved_facts: Mapping[str, Any], devices: int) -> None:
+def check(config: Config, saved: Mapping[str, Any], devices: int) -> None:
   """Print what has changed since the checkpoint; refuse what would silently make it another run.
 
-  A key in `resume_changes` may change. Raises ConfigErrors, one line for each key that may not.
+  `saved` is what the checkpoint holds beside the state. A key in `resume_changes` may change.
+  Raises ConfigErrors, one line for each key that may not.
   """
-  changes = [(k, old, new) for k, old, new in config.changes(saved_text) if k != "resume_changes"]
+  changes = _changes(config, saved)
   for key, old, new in changes:
     log.info(f"changed since the checkpoint: {key}: {old!r} -> {new!r}")
+  found = [
+    (key, f"{new!r} here, {old!r} in the checkpoint")
+    for key, old, new in [*_guarded(config, changes), *_batch(config, saved[FACTS], devices)]
+  ]
+  if other := _other_model(config, saved):
+    found.append(("decoder_block", other))
   refused = [
-    f"{key}: {new!r} here, {old!r} in the checkpoint, which would be another run; "
+    f"{key}: {what}, which would be another run; "
     f"set it back, name a new run_name, or allow it with resume_changes=[{key}]"
-    for key, old, new in [*_guarded(config, changes), *_batch(config, saved_facts, devices)]
+    for key, what in found
     if key not in config.run.resume_changes
   ]
   if refused:
     raise ConfigErrors(refused)
+
+
+def check_model(config: Config, saved: Mapping[str, Any]) -> None:
+  """Refuse to read a checkpoint with a decoder block file that describes another model than when it
+  was trained. Raises CheckpointError.
+  """
+  if other := _other_model(config, saved):
+    raise CheckpointError(f"decoder_block: {other}; put back the file as it was in training")
+
+
+def _changes(config: Config, saved: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+  return [change for change in config.changes(saved[CONFIG]) if change[0] != "resume_changes"]
 
 
 def _guarded(config: Config, changes: list[tuple[str, Any, Any]]) -> Iterator[tuple[str, Any, Any]]:
@@ -48,7 +74,56 @@ def _guarded(config: Config, changes: list[tuple[str, Any, Any]]) -> Iterator[tu
       continue
     if key == "steps" and not _steps_matter(config):
       continue
-    yield key, old, new
+    if key != "decoder_block":  # what it describes counts, not its name
+      yield key, old, new
+
+
+def _other_model(config: Config, saved: Mapping[str, Any]) -> str:
+  """How the decoder block file differs from the one that was trained with, given the sizes of then;
+  empty where it does not.
+  """
+  changes = {key: (old, new) for key, old, new in _changes(config, saved)}
+  was, now = saved.get(FACTS, {}).get(MODEL), _model(config, changes)
+  if was in (now, None):  # None: the checkpoint is older than this fact
+    return ""
+  if "decoder_block" in changes:
+    old, new = changes["decoder_block"]
+    return f"{new!r} here, {old!r} in the checkpoint"
+  parts = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+  name, more = parts[0], f", and {len(parts) - 1} more" if parts[1:] else ""
+  new, old = (brief(model.get(name, "as by default"), 40) for model in (now, was))
+  part = f"{name}: {new} here, {old} in the checkpoint{more}"
+  return f"{config.block.place} describes another model ({part})"
+
+
+def _model(config: Config, changes: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
+  """What the block file makes of the sizes as they were before `changes`: each part that is not as
+  by default, and once those of layers that are alike. Empty where it makes nothing of them.
+  """
+  sizes = config.architecture
+  before = {key: old for key, (old, new) in changes.items() if hasattr(sizes, key)}
+  sizes = dataclasses.replace(sizes, **before)
+  made, _ = spec(config.block, sizes, sizes.vocab_size or 1)
+  if made is None:
+    return {}
+  kinds = list(dict.fromkeys(made.blocks))
+  parts = {name: part for name, part in _parts(made, "") if name != "stages"}
+  for number, block in enumerate(kinds):
+    parts |= _parts(block, f"blocks.{number}.")
+  return parts | {"pattern": " ".join(str(kinds.index(block)) for block in made.blocks)}
+
+
+def _parts(value: Any, path: str) -> Iterator[tuple[str, str]]:
+  """(dotted path, value) of the fields that are not as by default."""
+  for field in dataclasses.fields(value):
+    part, name = getattr(value, field.name), f"{path}{field.name}"
+    if part == field.default:
+      continue
+    if dataclasses.is_dataclass(part):
+      yield name, type(part).__name__
+      yield from _parts(part, f"{name}.")
+    else:
+      yield name, repr(part)
 
 
 def _steps_matter(config: Config) -> bool:

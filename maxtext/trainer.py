@@ -30,6 +30,7 @@ from maxtext.data.place import host_rows, place
 from maxtext.errors import CheckpointError, ConfigError, DataError, Diverged
 from maxtext.log import log
 from maxtext.program import Program
+from maxtext.resume import CONFIG, DATA, FACTS
 from maxtext.serve.writer import Writer
 from maxtext.signals import Stop
 from maxtext.training.hooks import Evaluate, Histograms, Save
@@ -38,8 +39,6 @@ from maxtext.training.metrics import Metrics, Pace, due, step_scalars
 from maxtext.training.progress import Progress
 from maxtext.training.state import Params, State, from_tree, tree
 from maxtext.training.step import Batch
-
-FACTS, CONFIG, DATA = "facts", "config", "data"  # what a checkpoint holds beside the state
 
 
 def train(config: Config) -> int:
@@ -164,7 +163,7 @@ class Run:
     newest = self.checkpoints.newest()
     if newest is not None:
       extra = self.checkpoints.extra(newest)
-      resume.check(self.config, extra[CONFIG], extra[FACTS], self.devices)
+      resume.check(self.config, extra, self.devices)
     elif damaged := self.checkpoints.damaged():
       raise CheckpointError(
         f"{self.checkpoints.directory} holds steps {', '.join(map(str, damaged))} and none of "

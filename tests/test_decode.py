@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from maxtext import config, decode, program
+from maxtext import config, decode, program, resume
 from maxtext.checkpoints.manager import Checkpoints, restore_parameters
 from maxtext.data.corpus import open_corpus
 from maxtext.data.tokenizers import ByteTokenizer
@@ -44,7 +44,8 @@ def write(folder, keys, steps=(2,)):
     loaded = config.load([*keys, f"init_weights_seed={step}"], {})
     built = program.build(loaded, vocabulary=tokenizer.vocab_size)
     with contextlib.closing(Checkpoints(folder / "checkpoints", loaded.checkpoint)) as checkpoints:
-      extra = {"config": loaded.resolved(), "data": {"tokenizer": tokenizer.digest}}
+      extra = {"config": loaded.resolved(), "facts": resume.facts(loaded, 8)}
+      extra["data"] = {"tokenizer": tokenizer.digest}
       checkpoints.save(step, tree(built.init()), extra, force=True)
   (folder / "config.yml").write_text(loaded.resolved())
   tokenizer.save(folder)
