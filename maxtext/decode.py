@@ -47,7 +47,7 @@ PICTURES = {  # control characters as signs that show them
 
 def main(argv: list[str]) -> int:
   """Write as the arguments say; returns the exit code of the process. Raises UserError."""
-  if not argv or argv[0] in ("-h", "--help"):
+  if not argv or {"-h", "--help"} & set(argv):
     print(USAGE)
     return 0 if argv else 2
   with logs.above(lambda line: print(line, file=sys.stderr, flush=True)):

@@ -19,7 +19,7 @@ from maxtext.errors import ConfigError, closest, run_cli
 
 def main(argv: list[str]) -> int:
   """Print one key, or all of them; returns 2 where the configuration is wrong otherwise."""
-  if not argv or argv[0] in ("-h", "--help"):
+  if not argv or {"-h", "--help"} & set(argv):
     print(__doc__)
     print(overview())
     return 0

@@ -8,10 +8,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from maxtext.config.run import Run
+from maxtext.config.run import FORCED, Run
 from maxtext.log import log
-
-_FORCED = "--xla_force_host_platform_device_count"
 
 
 def prepare(run: Run) -> None:
@@ -21,8 +19,8 @@ def prepare(run: Run) -> None:
   if run.hardware != "auto":
     os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(run.hardware, run.hardware)
   if run.devices is not None:
-    flags = re.sub(rf"{_FORCED}=\d+", "", os.environ.get("XLA_FLAGS", ""))
-    os.environ["XLA_FLAGS"] = f"{flags} {_FORCED}={run.devices}".strip()
+    flags = re.sub(rf"{FORCED}=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    os.environ["XLA_FLAGS"] = f"{flags} {FORCED}={run.devices}".strip()
   if run.jax_cache_dir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _keep_programs(Path(run.jax_cache_dir).expanduser())
   # XLA's and JAX's remarks on their own cache are not for users

@@ -23,7 +23,7 @@ OPTIONS = ("hash", "debug")
 
 
 def main(argv: list[str]) -> int:
-  if not argv or argv[0] in ("-h", "--help"):
+  if not argv or {"-h", "--help"} & set(argv):
     print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
     return 0 if argv else 2
   path, options = parse(argv)

@@ -21,7 +21,7 @@ Ends with 0: finished, or saved on SIGTERM; 2: configuration; 3: data; 4: checkp
 
 def main(argv: list[str]) -> int:
   """Train as the arguments say; returns the exit code of the process. Raises UserError."""
-  if not argv or argv[0] in ("-h", "--help"):
+  if not argv or {"-h", "--help"} & set(argv):
     print(USAGE)
     return 0 if argv else 2
   loaded = config.load(argv)

@@ -327,7 +327,8 @@ def test_a_terminal_is_shown_control_characters_and_does_not_obey_them(monkeypat
 
 def test_help_and_refusals_wait_for_no_import_of_jax():
   code = (
-    "import sys; from maxtext import decode; decode.main(['--help']); print('jax' in sys.modules)"
+    "import sys; from maxtext import decode; decode.main(['absent.yml', '--help']); "
+    "print('jax' in sys.modules)"
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
   assert done.stdout.startswith("usage: python -m decode") and done.stdout.endswith("False\n")

@@ -21,7 +21,9 @@ def split(argv: Sequence[str], complain: Complain) -> tuple[str | None, list[Set
   while words:
     word = words.pop(0)
     key, equals, text = word.partition("=")
-    if equals and re.fullmatch(r"\w+", key):
+    if equals and not text and key in SECTION_OF and words and _is_stray(words[0]):
+      complain(_spaced(key, words.pop(0)))
+    elif equals and re.fullmatch(r"\w+", key):
       settings.append(Setting(key, key, WHERE, COMMAND_LINE, value_node(key, text)))
     elif not equals and words and words[0].startswith("="):
       text = words.pop(0)[1:] or (words.pop(0) if words else "")
@@ -51,9 +53,18 @@ def _spaced(key: str, text: str) -> Complaint:
   return Complaint(WHERE, brief(key.strip()), f"write {written}, without spaces around the =")
 
 
+def _is_stray(word: str) -> bool:
+  """Whether a word means nothing by itself, so that it belongs to what stands before it."""
+  return not word.startswith("-") and "=" not in word and not _is_path(word)
+
+
 def _dashed(word: str) -> Complaint:
   key, equals, text = word.lstrip("-").partition("=")
-  written = brief(f"{key.replace('-', '_')}={text if equals else 'VALUE'}")
+  key = key.replace("-", "_")
+  if key not in SECTION_OF:
+    problem = f"no such option{closest(key, SECTION_OF)}; write key=value, or --help"
+    return Complaint(WHERE, brief(word), problem)
+  written = brief(f"{key}={text if equals else 'VALUE'}")
   return Complaint(WHERE, brief(word), f"settings have no dashes; write {written}")
 
 

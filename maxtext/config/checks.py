@@ -7,16 +7,12 @@ most precedence.
 from __future__ import annotations
 
 import dataclasses
-import glob
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Literal
 
 from maxtext.bounds import LARGEST
 from maxtext.config.complaints import Complaint
 from maxtext.config.config import Config
-from maxtext.config.documents import shown as place
 from maxtext.config.sections import SECTION_OF
 from maxtext.config.sources import ENVIRONMENT
 from maxtext.config.values import brief, shown
@@ -24,18 +20,6 @@ from maxtext.errors import closest
 
 Problem = tuple[str, ...]
 Purpose = Literal["train", "decode"]
-
-PATHS = (
-  "base_output_directory",
-  "jax_cache_dir",
-  "metrics_file",
-  "dataset_path",
-  "tokenizer_path",
-  "tokenizer_cache_dir",
-  "load_parameters_path",
-  "load_full_state_path",
-  "prompts_file",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +62,25 @@ NEEDS = (
     "enable_tensorboard=true",
     "enable_tensorboard",
     lambda c: c.observe.enable_tensorboard,
+  ),
+  Need(
+    (
+      "packing",
+      "grain_packing_type",
+      "max_segments_per_seq",
+      "add_eos",
+      "enable_data_shuffling",
+      "eval_fraction",
+    ),
+    "dataset_type=text",
+    "dataset_type",
+    lambda c: c.data.dataset_type == "text",
+  ),
+  Need(
+    ("text_column",),
+    "a dataset_path, since neither the embedded text nor random tokens have columns",
+    "dataset_path",
+    lambda c: bool(c.data.dataset_path),
   ),
   Need(
     ("grain_packing_type", "max_segments_per_seq"),
@@ -217,13 +220,10 @@ def of_run(config: Config, purpose: Purpose, environ: Mapping[str, str]) -> Iter
   yield from _names(config)
   yield from _prompts(config)
   yield from _virtual_devices(config, environ)
-  yield from _written_files(config)
   if purpose == "train":
     yield from _batch_size(config)
     yield from _tiles(config)
-    yield from _read_files(config)
-  elif (path := config.decode.prompts_file) and not os.path.isfile(os.path.expanduser(path)):
-    yield "prompts_file", f"{shown(path)}: no such file; name a text file with one prompt a line"
+    yield from _held_out(config)
 
 
 def _presets(config: Config) -> Iterator[Problem]:
@@ -332,23 +332,6 @@ def _virtual_devices(config: Config, environ: Mapping[str, str]) -> Iterator[Pro
     )
 
 
-def _written_files(config: Config) -> Iterator[Problem]:
-  """Places to write to that are files, or below files, and paths that expect a shell."""
-  for key in PATHS:
-    if "$" in (text := config.values[key]):
-      yield key, f"{shown(text)}: nothing is filled in for $; write the path itself, ~ is your home"
-    if "://" in text:
-      yield key, f"{shown(text)}: object storage is not there yet; name a path of a file system"
-    elif os.path.expanduser(text).startswith("~"):
-      yield key, f"{shown(text)}: there is no such user; write the path itself, ~ is your home"
-  for key in ("base_output_directory", "jax_cache_dir", "tokenizer_cache_dir"):
-    if text := config.values[key]:
-      path = Path(os.path.expanduser(text))
-      blocking = next((p for p in (path, *path.parents) if os.path.exists(p)), None)
-      if blocking is not None and not os.path.isdir(blocking):
-        yield key, f"{shown(text)}: {brief(place(blocking))} is a file, not a folder; name a folder"
-
-
 def _batch_size(config: Config) -> Iterator[Problem]:
   training = config.training
   tokens = training.per_device_batch_size * training.max_target_length
@@ -357,6 +340,14 @@ def _batch_size(config: Config) -> Iterator[Problem]:
       "per_device_batch_size",
       f"{tokens:.3g} tokens per device and forward pass are more than memory can hold; "
       "use fewer rows, shorter ones, or gradient_accumulation_steps",
+      "max_target_length",
+    )
+  elif tokens * training.gradient_accumulation_steps > LARGEST:
+    yield (
+      "gradient_accumulation_steps",
+      f"{tokens * training.gradient_accumulation_steps:.3g} tokens per device and step are more "
+      f"than can be counted; use at most {max(1, int(LARGEST / tokens))}",
+      "per_device_batch_size",
       "max_target_length",
     )
 
@@ -372,22 +363,15 @@ def _tiles(config: Config) -> Iterator[Problem]:
     )
 
 
-def _read_files(config: Config) -> Iterator[Problem]:
-  """Files that training will read and that are plainly absent."""
-  data, checkpoint = config.data, config.checkpoint
-  if data.dataset_type == "text" and (path := data.dataset_path) and not _is_there(path):
-    offer = "name a file, folder or glob, or leave it empty for the embedded corpus"
-    yield "dataset_path", f"{shown(path)}: no such file or folder; {offer}"
-  for key in ("load_parameters_path", "load_full_state_path"):
-    path = getattr(checkpoint, key)
-    if path and not os.path.isdir(os.path.expanduser(path)):
-      offer = "name a run's folder, or one of its checkpoints/STEP"
-      yield key, f"{shown(path)}: no such folder; {offer}"
-
-
-def _is_there(path: str) -> bool:
-  path = os.path.expanduser(path)
-  return os.path.exists(path) or any(glob.iglob(path, recursive=True))
+def _held_out(config: Config) -> Iterator[Problem]:
+  data, interval = config.data, config.eval.eval_interval
+  if interval > 0 and not data.eval_fraction and data.dataset_type == "text":
+    yield (
+      "eval_interval",
+      "with eval_fraction=0 no document is held out to evaluate; set it above 0, or "
+      "eval_interval=-1",
+      "eval_fraction",
+    )
 
 
 def settle(config: Config, found: Iterable[Problem], failed: Iterable[str] = ()) -> list[Complaint]:

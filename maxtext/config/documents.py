@@ -205,6 +205,10 @@ def names(folder: str) -> list[str]:
 
 def missing(name: str) -> str:
   """Says that a configuration file is not there, with the nearest one that is."""
+  if os.path.islink(os.path.expanduser(name)):
+    return "is a link that leads nowhere; give the path of a YAML file"
+  if name == "help":
+    return "no such file; --help shows what to write"
   known = [str(path.relative_to(PACKAGED.parent)) for path in PACKAGED.rglob("*.yml")]
   known += glob.glob(os.path.join(glob.escape(os.path.dirname(name)), "*.y*ml"))
   stems = {Path(path).stem: path for path in known}  # endings would make all names alike

@@ -10,16 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maxtext.config import arguments, checks, documents, sources, tokenizer
+from maxtext.config import arguments, checks, documents, places, sources, tokenizer
 from maxtext.config.checks import Purpose
-from maxtext.config.complaints import Complain, Complaint, Lost, lines
+from maxtext.config.complaints import ENVIRONMENT, Complain, Complaint, Lost, lines
 from maxtext.config.config import RULES, Config
 from maxtext.config.decoder import BlockFile, spec
 from maxtext.config.devices import on_devices
 from maxtext.config.documents import EMPTY, Node
+from maxtext.config.run import FORCED
 from maxtext.config.sections import HINTS, SECTIONS, hint_of
 from maxtext.config.sources import BASE, Setting
-from maxtext.config.values import Unfit, coerce, shown
+from maxtext.config.values import Unfit, brief, coerce, shown
 from maxtext.errors import ConfigErrors, closest
 
 
@@ -30,7 +31,7 @@ def load(
 
   To decode, what only training reads (data, batches) need not be there. Raises ConfigErrors.
   """
-  found: list[Complaint] = []
+  found: list[Complaint] = [*_of_flags(environ)]
   name, history = trace(argv, environ, found.append)
   values, failed = typed(history, found.append)
   block = _block(values, history, found.append)
@@ -168,10 +169,19 @@ def _problems(
     if hasattr(section, "complaints"):
       yield from section.complaints()
   yield from checks.of_run(config, purpose, environ)
+  yield from places.of_places(config, purpose)
   yield from tokenizer.unopened(config, purpose)
   devices = config.run.known_devices(environ)
   if devices is not None and purpose == "train":
     yield from on_devices(config, devices)
+
+
+def _of_flags(environ: Mapping[str, str]) -> Iterator[Complaint]:
+  """A number of devices in XLA_FLAGS that XLA would end the process for, after a page of help."""
+  for value in re.findall(rf"{FORCED}=?(\S*)", environ.get("XLA_FLAGS", "")):
+    if not re.fullmatch(r"[1-9]\d{0,5}", value):
+      problem = f"{brief(f'{FORCED}={value}', 90)} is not a number of devices; write {FORCED}=8"
+      yield Complaint(ENVIRONMENT, "XLA_FLAGS", problem)
 
 
 def _of_block(config: Config) -> Iterator[Complaint]:

@@ -10,6 +10,8 @@ from typing import Literal
 from maxtext.bounds import Count, Whole
 from maxtext.config.values import shown
 
+FORCED = "--xla_force_host_platform_device_count"  # how many devices XLA makes of a CPU
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -56,6 +58,5 @@ class Run:
 
   def forced_devices(self, environ: Mapping[str, str]) -> int | None:
     """How many devices XLA_FLAGS makes of the CPU, where it says so."""
-    flag = r"--xla_force_host_platform_device_count=(\d+)"
-    found = re.findall(flag, environ.get("XLA_FLAGS", ""))
+    found = re.findall(rf"{FORCED}=(\d+)", environ.get("XLA_FLAGS", ""))
     return int(found[-1]) if found else None

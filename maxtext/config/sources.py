@@ -20,6 +20,7 @@ from maxtext.errors import closest
 SPELLINGS = {"pattern": "layer_pattern"}  # other names that keys have
 BASE, PRESET, CHAIN = 0, 1, 2  # precedence; the files of a chain count up from here
 ENVIRONMENT, COMMAND_LINE = 1000, 1001
+DEEPEST = 50  # files of a chain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +128,9 @@ def _chain(name: str, complain: Complain) -> list[File]:
     if any(path.resolve() == known.resolve() for known, _ in files):
       circle = " -> ".join(documents.shown(p) for p in [*(p for p, _ in files), path])
       complain(Lost(where, key, f"{brief(circle, 160)} is a circle; remove one base_config"))
+      break
+    if len(files) == DEEPEST:
+      complain(Lost(where, key, f"leads through more than {DEEPEST} files; merge some of them"))
       break
     root = read(path, complain)
     files.append((path, root))

@@ -17,6 +17,7 @@ from maxtext.errors import closest
 
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 FLOAT32 = 3.4e38  # the largest number that survives on the device
+LEAST = 1.2e-38  # and the smallest above zero
 
 
 class Unfit(Exception):
@@ -101,6 +102,8 @@ def _float(text: str) -> float:
     raise Unfit(f"{shown(text)} is not written as a number; write {number:g}")
   if not math.isfinite(number) or abs(number) > FLOAT32:
     raise Unfit(f"{shown(text)} is not a finite number in float32; write one below 3e38")
+  if 0 < abs(number) < LEAST or (not number and re.search("[1-9]", re.split("[eE]", text)[0])):
+    raise Unfit(f"{shown(text)} is nothing in float32; write one of at least {LEAST:g}")
   return number
 
 

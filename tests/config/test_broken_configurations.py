@@ -379,6 +379,54 @@ COMMAND_LINES = [
     "override_logical_axis_rules: leaves no rule at all; write logical_axis_rules too",
   ),
   ("per_device_batch_size=1e30", "2.56e+32 tokens per device", "use fewer rows"),
+  (
+    "gradient_accumulation_steps=2000000000",
+    "gradient_accumulation_steps: 4.1e+12 tokens per device and step are more than can be counted",
+  ),
+  # what is not a setting at all
+  ("-help", "-help: no such option; write key=value, or --help"),
+  ("--version", "--version: no such option; write key=value, or --help"),
+  ("--learning-rat=1", "--learning-rat=1: no such option, did you mean 'learning_rate'?"),
+  ("help", "'help': no such file", "--help"),
+  ("steps= 3", "steps: write steps=3, without spaces around the ="),
+  # numbers that float32 has no room for
+  ("adam_eps=1e-50", "adam_eps: '1e-50' is nothing in float32; write one of at least 1.2e-38"),
+  ("learning_rate=-1e-320", "learning_rate: '-1e-320' is nothing in float32"),
+  # keys that do nothing with this data
+  *(
+    (f"dataset_type=synthetic {key}", "has an effect only with dataset_type=text")
+    for key in (
+      "packing=false",
+      "add_eos=false",
+      "enable_data_shuffling=false",
+      "eval_fraction=0.1",
+    )
+  ),
+  (
+    "dataset_type=synthetic grain_packing_type=best_fit",
+    "grain_packing_type: has an effect only with dataset_type=text",
+  ),
+  ("text_column=body", "text_column: has an effect only with a dataset_path, since"),
+  (
+    "eval_interval=5 eval_fraction=0",
+    "eval_interval: with eval_fraction=0 no document is held out to evaluate; set it above 0",
+  ),
+]
+
+# What is typed where `loop` is a link to itself and `dangling` one to nowhere.
+LINKS = [
+  ("base_output_directory=loop", "'loop': loop is a link that leads nowhere; name a folder"),
+  ("base_output_directory=dangling/x", "'dangling/x': dangling is a link that leads nowhere"),
+  ("jax_cache_dir=loop", "jax_cache_dir: 'loop': loop is a link that leads nowhere"),
+  ("dataset_path=loop", "dataset_path: 'loop': no such file or folder"),
+  ("dataset_path=dangling", "dataset_path: 'dangling': no such file or folder"),
+  ("metrics_file=.", "metrics_file: '.': is a folder; name a file"),
+  ("metrics_file=dangling/x", "dangling is a link that leads nowhere; name a file"),
+  ("metrics_file=base.yml/x", "metrics_file: 'base.yml/x': base.yml is a file, not a folder; name"),
+  ("base_output_directory=" + "x" * 300, "has a name of more than 255 bytes; name a shorter one"),
+  ("run.yml", "'run.yml': is a link that leads nowhere; give the path of a YAML file"),
+  ("base_output_directory=locked/runs", "locked cannot be written; name a folder that can"),
+  ("metrics_file=locked/x", "metrics_file: 'locked/x': locked cannot be written; name a file that"),
 ]
 
 # The text of run.yml, and what the one line of complaint must contain.
@@ -579,6 +627,16 @@ ENVIRONMENTS = [
     "hardware=cpu devices=8",
     "devices: 8 virtual devices, but XLA_FLAGS in the environment asks for 4; remove one",
   ),
+  (
+    {"XLA_FLAGS": "--xla_force_host_platform_device_count=many"},
+    "steps=1",
+    "XLA_FLAGS: --xla_force_host_platform_device_count=many is not a number of devices; write",
+  ),
+  (
+    {"XLA_FLAGS": "--xla_force_host_platform_device_count=0"},
+    "steps=1",
+    "XLA_FLAGS: --xla_force_host_platform_device_count=0 is not a number of devices; write",
+  ),
 ]
 
 
@@ -610,6 +668,28 @@ def test_a_wrong_decoder_block_is_refused_in_a_line(refused, text, words):
 )
 def test_a_wrong_environment_is_refused_in_a_line(refused, environ, typed, words):
   one_line(refused(*typed.split(), environ=environ), words)
+
+
+@pytest.mark.parametrize("typed, words", [(row[0], row[1:]) for row in LINKS])
+def test_a_place_that_cannot_be_reached_is_refused_in_a_line(
+  refused, folder, monkeypatch, typed, words
+):
+  (folder / "base.yml").write_text("")
+  (folder / "loop").symlink_to("loop")
+  (folder / "run.yml").symlink_to("run.yml")
+  (folder / "dangling").symlink_to("nowhere")
+  (folder / "locked").mkdir()
+  may = os.access  # root may all
+  monkeypatch.setattr(
+    os, "access", lambda path, mode: "locked" not in str(path) and may(path, mode)
+  )
+  one_line(refused(typed), words)
+
+
+def test_a_chain_of_files_without_end_is_refused_in_a_line(refused):
+  files = {f"{i}.yml": f"base_config: {i + 1}.yml\n" for i in range(60)}
+  files["60.yml"] = "steps: 3\n"
+  one_line(refused("0.yml", files=files), ("base_config: ", "more than 50 files; merge some"))
 
 
 def test_all_complaints_come_at_once_in_the_order_of_their_places(refused):

@@ -1,0 +1,88 @@
+"""What is wrong with the files and folders that a run names, before anything is read or written."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from maxtext.config.checks import Problem, Purpose
+from maxtext.config.config import Config
+from maxtext.config.documents import shown as place
+from maxtext.config.values import brief, shown
+
+PATHS = (
+  "base_output_directory",
+  "jax_cache_dir",
+  "metrics_file",
+  "dataset_path",
+  "tokenizer_path",
+  "tokenizer_cache_dir",
+  "load_parameters_path",
+  "load_full_state_path",
+  "prompts_file",
+)
+FOLDERS = ("base_output_directory", "jax_cache_dir", "tokenizer_cache_dir")
+LONGEST = 255  # bytes of a name, in every usual file system
+
+
+def of_places(config: Config, purpose: Purpose) -> Iterator[Problem]:
+  """Places that cannot be what their key needs; more is known only once they are used."""
+  for key in PATHS:
+    if "$" in (text := config.values[key]):
+      yield key, f"{shown(text)}: nothing is filled in for $; write the path itself, ~ is your home"
+    if "://" in text:
+      yield key, f"{shown(text)}: object storage is not there yet; name a path of a file system"
+    elif os.path.expanduser(text).startswith("~"):
+      yield key, f"{shown(text)}: there is no such user; write the path itself, ~ is your home"
+  needed = ("base_output_directory",) if purpose == "train" else ()
+  for key in FOLDERS:
+    if text := config.values[key]:
+      path = Path(os.path.expanduser(text))
+      if problem := _blocked(path, "a folder", must_be_written=key in needed):
+        yield key, f"{shown(text)}: {problem}"
+  if purpose == "train":
+    if text := config.observe.metrics_file:
+      path = Path(os.path.expanduser(text))
+      problem = "is a folder; name a file" if path.is_dir() else _blocked(path.parent, "a file")
+      if problem:
+        yield "metrics_file", f"{shown(text)}: {problem}"
+    yield from _read(config)
+  elif (path := config.decode.prompts_file) and not os.path.isfile(os.path.expanduser(path)):
+    yield "prompts_file", f"{shown(path)}: no such file; name a text file with one prompt a line"
+
+
+def _blocked(folder: Path, wanted: str, must_be_written: bool = True) -> str:
+  """Why `folder` is none and cannot become one, or nothing be written there; empty if it can."""
+  if any(len(os.fsencode(part)) > LONGEST for part in folder.parts):
+    return f"has a name of more than {LONGEST} bytes; name a shorter one"
+  there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), None)
+  if there is None:
+    return ""
+  name = brief(place(there))
+  if not os.path.exists(there):
+    return f"{name} is a link that leads nowhere; name {wanted}"
+  if not os.path.isdir(there):
+    return f"{name} is a file, not a folder; name {wanted}"
+  if must_be_written and not os.access(there, os.W_OK | os.X_OK):
+    return f"{name} cannot be written; name {wanted} that can"
+  return ""
+
+
+def _read(config: Config) -> Iterator[Problem]:
+  """Files that training will read and that are plainly absent."""
+  data, checkpoint = config.data, config.checkpoint
+  if data.dataset_type == "text" and (path := data.dataset_path) and not _is_there(path):
+    offer = "name a file, folder or glob, or leave it empty for the embedded corpus"
+    yield "dataset_path", f"{shown(path)}: no such file or folder; {offer}"
+  for key in ("load_parameters_path", "load_full_state_path"):
+    path = getattr(checkpoint, key)
+    if path and not os.path.isdir(os.path.expanduser(path)):
+      offer = "name a run's folder, or one of its checkpoints/STEP"
+      yield key, f"{shown(path)}: no such folder; {offer}"
+
+
+def _is_there(path: str) -> bool:
+  found = glob.iglob(os.path.expanduser(path), recursive=True)
+  return os.path.exists(os.path.expanduser(path)) or any(map(os.path.exists, found))
