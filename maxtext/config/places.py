@@ -49,8 +49,8 @@ def of_places(config: Config, purpose: Purpose) -> Iterator[Problem]:
       if problem:
         yield "metrics_file", f"{shown(text)}: {problem}"
     yield from _read(config)
-  elif (path := config.decode.prompts_file) and not os.path.isfile(os.path.expanduser(path)):
-    yield "prompts_file", f"{shown(path)}: no such file; name a text file with one prompt a line"
+  elif (text := config.decode.prompts_file) and not os.path.isfile(os.path.expanduser(text)):
+    yield "prompts_file", f"{shown(text)}: no such file; name a text file with one prompt a line"
 
 
 def _blocked(folder: Path, wanted: str, must_be_written: bool = True) -> str:
