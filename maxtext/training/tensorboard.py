@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -30,7 +31,7 @@ class Events:
   """One process's event file in `folder`, holding a run from `first_step` on.
 
   Raises ConfigError without tensorboardX, OSError when the folder cannot be written. What fails
-  later is logged once; from then on events are dropped.
+  later is logged once; from then on events are dropped, until a new file can be written.
   """
 
   def __init__(self, folder: Path, first_step: int):
@@ -42,7 +43,10 @@ class Events:
       raise PermissionError(13, "Permission denied", str(folder))
     self._folder, self._first_step = folder, first_step
     self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-    self._flushed = -INTERVAL
+    self._flushed = self._failed = -INTERVAL
+    self._writer: Any = None
+    self._suffix = ""  # what the name of its file ends with
+    self._down = False  # since something failed
     self._thread = threading.Thread(target=self._run, name="tensorboard", daemon=True)
     self._thread.start()
 
@@ -80,43 +84,63 @@ class Events:
     self._thread.join(PATIENCE)
 
   def _run(self) -> None:
-    """The thread: write what comes; after a failure only answer those who wait."""
-    jobs: Iterator[Job] = iter(self._jobs.get, None)
-    try:
-      self._open()
-      for job in jobs:
-        self._do(job)
-      self._writer.close()
-    except Exception as error:  # whatever it is: a thread that dies unheard keeps flush waiting
-      reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-      log.error(f"{self._folder}: {reason}; the run goes on without TensorBoard")
-      for job in jobs:
+    """The thread: write what comes; what fails, whatever it is, leaves nobody waiting unheard."""
+    for job in iter(self._jobs.get, None):
+      try:
+        if self._writer is not None or time.monotonic() >= self._failed + INTERVAL:
+          self._do(job)
+      except Exception as error:
+        self._fail(error)
+      finally:
         if isinstance(job, threading.Event):
           job.set()
+    try:
+      if self._writer is not None:
+        self._writer.close()
+    except Exception as error:
+      self._fail(error)
+
+  def _fail(self, error: Exception) -> None:
+    """Give up this file, and delete it where it was only an attempt to go on after a failure."""
+    if self._down and self._suffix:
+      for path in self._folder.glob(f"*{self._suffix}"):
+        with contextlib.suppress(OSError):
+          path.unlink()
+    else:
+      reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+      log.error(f"{self._folder}: {reason}; the run goes on without TensorBoard")
+    self._writer, self._suffix, self._down = None, "", True
+    self._failed = time.monotonic()
 
   def _open(self) -> None:
-    """A new event file, after all earlier ones; it takes back their events from `first_step` on."""
+    """A new event file, after all earlier ones; a process's first takes back their events from
+    `first_step` on.
+    """
     from tensorboardX import summary
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto import event_pb2, summary_pb2
 
     self._summary, self._event, self._values = summary, event_pb2.Event, summary_pb2.Summary
-    suffix = f".{time.time_ns() % 10**9:09d}"  # two starts in one second must not share a file
-    self._writer = EventsWriter(str(self._folder / "events"), suffix)
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    event = self._event(wall_time=time.time(), step=self._first_step, session_log=start)
-    self._writer.write_event(event)
+    # two starts in one second must not share a file
+    self._suffix = f".{time.time_ns() % 10**9:09d}"
+    self._writer = EventsWriter(str(self._folder / "events"), self._suffix)
+    if self._down:
+      self._writer.flush()
+      self._down = False
+      log.error(f"{self._folder}: written again")
+    else:
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      event = self._event(wall_time=time.time(), step=self._first_step, session_log=start)
+      self._writer.write_event(event)
 
   def _do(self, job: Job) -> None:
-    try:
-      if not isinstance(job, threading.Event):
-        job()
-      if isinstance(job, threading.Event) or time.monotonic() > self._flushed + INTERVAL:
-        self._writer.flush()
-        self._flushed = time.monotonic()
-    finally:
-      if isinstance(job, threading.Event):
-        job.set()
+    if self._writer is None:
+      self._open()
+    if not isinstance(job, threading.Event):
+      job()
+    if isinstance(job, threading.Event) or time.monotonic() > self._flushed + INTERVAL:
+      self._writer.flush()
+      self._flushed = time.monotonic()
 
   def _add(self, step: int, now: float, *summaries: Any) -> None:
     """One event of the values of all summaries."""

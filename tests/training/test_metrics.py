@@ -354,6 +354,38 @@ def test_tensorboard_failing_is_reported_once_and_does_not_end_the_run(
   assert len(rows(tmp_path)) == 13
 
 
+def test_tensorboard_goes_on_when_the_disk_has_space_again(tmp_path, errors, monkeypatch):
+  """Of what was tried meanwhile no file is left."""
+  from tensorboardX.event_file_writer import EventsWriter
+
+  real, room = EventsWriter.flush, [True]
+
+  def flush(writer):
+    if not room[0]:
+      raise OSError(28, "No space left on device")
+    return real(writer)
+
+  monkeypatch.setattr(EventsWriter, "flush", flush)
+  monkeypatch.setattr(tensorboard, "INTERVAL", 0.0)
+  with start(tmp_path) as metrics:
+    write(metrics, range(2))
+    metrics.flush()
+    room[0] = False
+    for step in range(2, 6):
+      write(metrics, range(step, step + 1))
+      metrics.flush()
+    room[0] = True
+    write(metrics, range(6, 9))
+    metrics.flush()
+  folder = tmp_path / "tensorboard"
+  assert errors() == [
+    f"{folder}: No space left on device; the run goes on without TensorBoard",
+    f"{folder}: written again",
+  ]
+  assert [step for step, _ in curves(tmp_path)["learning/loss"]][-3:] == [6, 7, 8]
+  assert len(list(folder.iterdir())) == 2
+
+
 def test_hyperparameters_and_configuration_stand_in_the_runs_own_events(tmp_path):
   from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
 
