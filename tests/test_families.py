@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+from maxtext.checkpoints import hub
+from maxtext.checkpoints.tables import applied, undone
+from maxtext.errors import CheckpointError
+from tests import twins
+from tests.twins import NO_HEAD_DIM, SIZES, VOCAB, plain, transformers
 
-from maxtext import config  # noqa: E402
-from maxtext.checkpoints import hub  # noqa: E402
-from maxtext.checkpoints.tables import applied, slots, undone  # noqa: E402
-from maxtext.config.values import render  # noqa: E402
-from maxtext.errors import CheckpointError  # noqa: E402
-from maxtext.layers.decoder import Decoder  # noqa: E402
-from maxtext.layers.merging import Plan  # noqa: E402
-from maxtext.layers.params import Compute  # noqa: E402
-from maxtext.masks import Mask  # noqa: E402
-
-LENGTH, SPLIT, VOCAB = 24, 14, 96
-TOLERANCE = 2e-4  # of the spread of the logits
-SIZES = {
-  "hidden_size": 48,
-  "intermediate_size": 80,
-  "num_hidden_layers": 4,
-  "num_attention_heads": 6,
-  "num_key_value_heads": 2,
-  "head_dim": 16,
-  "vocab_size": VOCAB,
-  "max_position_embeddings": 64,
-  "pad_token_id": 0,
-  "bos_token_id": 1,
-  "eos_token_id": 2,
-}
-NO_HEAD_DIM = {key: value for key, value in SIZES.items() if key != "head_dim"}
 WINDOW = {"sliding_window": 5}
 SHARP = {"query_pre_attn_scalar": 20, "tie_word_embeddings": True}
 CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}
@@ -52,6 +25,20 @@ LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}
 LOCAL = {"rope_type": "default", "rope_theta": 50.0}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64, "vocab_size": VOCAB}
+
+NEOX = {key: v for key, v in NO_HEAD_DIM.items() if key != "num_key_value_heads"}
+NEOX |= {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 50.0}}
+LONG = {"rope_type": "longrope", "rope_theta": 100.0}
+LONG |= {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 7.0]}
+LONGEST = {"original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}
+SHORT = {"max_position_embeddings": 16}
+LATENT = NO_HEAD_DIM | {"num_key_value_heads": 6, "first_k_dense_replace": 4}
+LATENT |= {"kv_lora_rank": 24, "qk_nope_head_dim": 10, "qk_rope_head_dim": 8, "v_head_dim": 12}
+SHARPENED = YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}
+LLAMA4 = SIZES | {"intermediate_size_mlp": 72, "moe_layers": [], "attention_chunk_size": 7}
+LLAMA4 |= {"no_rope_layers": [1, 0, 1, 1], "floor_scale": 5, "attn_scale": 0.4}
+LLAMA4 |= {"intermediate_size": 8192}  # of experts, of which there are none
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
   "llama, llama3 rope, biases": (
@@ -91,71 +78,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
   ),
   "phi3": ("Phi3", NO_HEAD_DIM | WINDOW),
   "gpt2": ("GPT2", GPT2),
+  "phi3, longrope": ("Phi3", NO_HEAD_DIM | {"rope_parameters": LONG} | LONGEST),
+  "llama, dynamic rope": ("Llama", SIZES | {"rope_parameters": DYNAMIC} | SHORT),
+  "gpt_neox": ("GPTNeoX", NEOX),
+  "smollm3": ("SmolLM3", NO_HEAD_DIM | {"no_rope_layers": [1, 0, 0, 1]}),
+  "seed_oss": ("SeedOss", SIZES | {"attention_out_bias": True, "mlp_bias": True}),
+  "glm4": ("Glm4", SIZES | {"rope_parameters": {"rope_theta": 50.0}}),
+  "deepseek_v3, yarn, low rank, biases": (
+    "DeepseekV3",
+    LATENT | {"q_lora_rank": 20, "attention_bias": True, "rope_parameters": SHARPENED},
+  ),
+  "deepseek_v2": ("DeepseekV2", LATENT | {"q_lora_rank": None, "mlp_bias": True}),
+  "llama4": ("Llama4", LLAMA4),
 }
-
-
-def twin(name: str, settings: dict[str, Any]) -> Any:
-  """The torch model, its weights drawn wide: small ones would make it almost linear."""
-  kind = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
-  described = getattr(transformers, kind)(**settings)
-  described._attn_implementation = "eager"
-  kind = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
-  model = getattr(transformers, kind)(described).eval().float()
-  draw = torch.Generator().manual_seed(0)
-  with torch.no_grad():
-    for path, p in model.named_parameters():
-      p.copy_(torch.randn(p.shape, generator=draw) * (0.3 if p.ndim > 1 else 0.5))
-      if p.ndim == 1 and path.endswith("weight") and "Gemma" not in name:
-        p.add_(1)
-  return model
-
-
-def ours(described: dict[str, Any], tensors: dict[str, np.ndarray]) -> Decoder:
-  """Our model with these tensors, each of which is taken and can be given back to the bit."""
-  keys = {key: v for key, v in hub.keys(described).items() if key != "vocab_size"}
-  argv = [f"{key}={render(value)}" for key, value in keys.items()]
-  loaded = config.load([*argv, "max_target_length=64"], {}, purpose="decode")
-  spec = loaded.decoder(described["vocab_size"])
-  plan = Plan.of(functools.partial(Decoder, spec, Compute(kernel="dot_product"), loaded.memory))
-  shapes = {path: declared.shape for path, declared in plan.declared.items()}
-  params = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
-  left = dict(tensors)
-  if spec.tied:
-    left.pop("lm_head.weight")
-  stages = [(len(stage.blocks), stage.repeat) for stage in spec.stages]
-  for slot in slots(hub.family(described).table, shapes, stages):
-    tensor = left.pop(slot.name)
-    assert tensor.shape == slot.shape, slot.name
-    for (path, index, _), piece in zip(slot.parts, slot.split(tensor), strict=True):
-      params[path][... if index is None else index] = piece
-    parts = [
-      params[path] if index is None else params[path][index] for path, index, _ in slot.parts
-    ]
-    np.testing.assert_array_equal(slot.join(parts), tensor)
-  assert not left
-  return plan.merge({path: jnp.asarray(value) for path, value in params.items()})
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_family_equals_its_twin(case):
-  """Logits of whole rows, and of rows that hold two documents."""
-  model = twin(*CASES[case])
-  tensors = {name: value.numpy() for name, value in model.state_dict().items()}
-  decoder = ours(json.loads(model.config.to_json_string()), tensors)
-  tokens = np.random.default_rng(0).integers(3, VOCAB, (2, LENGTH))
-  row = np.broadcast_to(np.arange(LENGTH), tokens.shape)
-
-  def same(positions: np.ndarray, segments: np.ndarray, *documents: np.ndarray) -> None:
-    mask = Mask.of(jnp.asarray(positions), jnp.asarray(segments))
-    found = np.asarray(decoder(jnp.asarray(tokens), mask))
-    with torch.no_grad():
-      expected = [model(torch.tensor(document)).logits.numpy() for document in documents]
-    expected = np.concatenate(expected, axis=1)
-    assert np.abs(found - expected).max() < TOLERANCE * expected.std()
-
-  same(row, np.ones_like(row), tokens)
-  packed = np.where(row < SPLIT, row, row - SPLIT)
-  same(packed, 1 + (row >= SPLIT), tokens[:, :SPLIT], tokens[:, SPLIT:])
+  """Logits of whole rows, of rows that hold two documents, and beside padding."""
+  twins.assert_twins(*CASES[case])
 
 
 # What does not count here: token ids, rates of dropout, and n_inner: a null is four widths.
@@ -163,13 +104,8 @@ APART = {"architectures", "dtype", "attn_pdrop", "resid_pdrop", "embd_pdrop", "n
 APART |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
-def plain(configuration: Any) -> dict[str, Any]:
-  return json.loads(configuration.to_json_string())
-
-
 def configuration(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-  kind = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
-  return plain(getattr(transformers, kind)(**settings))
+  return plain(twins.configuration(name, settings))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -185,7 +121,10 @@ def test_a_written_config_says_what_was_read(case):
   }
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in CASES.values()}))
+SPARSE = {"DeepseekV2", "DeepseekV3", "Llama4"}  # as they are by default; experts are not there yet
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in CASES.values()} - SPARSE))
 def test_what_a_config_leaves_out_is_as_transformers_has_it(name):
   """A field that is gone is as in the twin's class, or is said to be missing."""
   theirs = configuration(name, {})
@@ -213,9 +152,9 @@ def test_what_is_not_known_is_named():
   sizes = {"model_type": "llama", **SIZES, "rms_norm_eps": 1e-6}
   with pytest.raises(CheckpointError, match="activation 'tanh' is none of silu"):
     hub.keys(sizes | {"hidden_act": "tanh"})
-  longrope = {"rope_type": "longrope", "factor": 4.0}
-  with pytest.raises(CheckpointError, match="rope_type 'longrope' is none of default"):
-    hub.keys(sizes | {"hidden_act": "silu", "rope_parameters": longrope})
+  axial = {"rope_type": "axial", "factor": 4.0}
+  with pytest.raises(CheckpointError, match="rope_type 'axial' is none of default"):
+    hub.keys(sizes | {"hidden_act": "silu", "rope_parameters": axial})
 
 
 def test_a_form_is_undone_to_the_bit():

@@ -17,13 +17,15 @@ class Map:
 
   `ours` are dotted paths, within a block where `theirs` has {l}, the number of a layer. `form` says
   how the dimensions of one layer's parameter become those of the tensor, as 'd h k -> (h k) d', and
-  several are joined along `axis` of it. A map holds where its parameters exist.
+  several are joined along `axis` of it; then `whole` says how the dimensions of all together become
+  the tensor's. A map holds where its parameters exist.
   """
 
   ours: str | tuple[str, ...]
   theirs: str
   form: str = ""
   axis: int = 0
+  whole: str = ""
 
   @property
   def parts(self) -> tuple[str, ...]:
@@ -42,10 +44,16 @@ class Slot:
   form: str
   axis: int
   parts: tuple[tuple[str, int | None, tuple[int, ...]], ...]
+  whole: str = ""
 
   @property
   def shape(self) -> tuple[int, ...]:
     """That of the tensor."""
+    return formed(self._joined, self.whole)
+
+  @property
+  def _joined(self) -> tuple[int, ...]:
+    """The shape of all parts together, before they are the tensor."""
     shapes = [formed(shape, self.form) for _, _, shape in self.parts]
     first = list(shapes[0])
     if len(shapes) > 1:
@@ -55,11 +63,12 @@ class Slot:
   def join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
     """Our layers' parameters, in the order of `parts` -> the tensor."""
     made = [applied(array, self.form) for array in arrays]
-    return made[0] if len(made) == 1 else np.concatenate(made, self.axis)
+    return applied(made[0] if len(made) == 1 else np.concatenate(made, self.axis), self.whole)
 
   def split(self, tensor: np.ndarray) -> list[np.ndarray]:
     """The tensor -> our layers' parameters, in the order of `parts`."""
     sizes = [formed(shape, self.form) for _, _, shape in self.parts]
+    tensor = undone(tensor, self.whole, self._joined)
     pieces = [tensor]
     if len(sizes) > 1:
       pieces = np.split(tensor, np.cumsum([size[self.axis] for size in sizes])[:-1], self.axis)
@@ -81,7 +90,7 @@ def slots(table: Sequence[Map], shapes: Shapes, stages: Sequence[tuple[int, int]
       used.update(paths)
       layer = [shapes[path] if index is None else shapes[path][1:] for path in paths]
       parts = tuple((path, index, shape) for path, shape in zip(paths, layer))
-      found.append(Slot(entry.theirs.format(l=number), entry.form, entry.axis, parts))
+      found.append(Slot(entry.theirs.format(l=number), entry.form, entry.axis, parts, entry.whole))
   for path in shapes:
     if path not in used:
       raise KeyError(path)

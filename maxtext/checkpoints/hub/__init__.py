@@ -5,12 +5,12 @@ A family is a value of Family, in a file of its kind; a new one is added to FAMI
 
 from __future__ import annotations
 
-from maxtext.checkpoints.hub import gemma, gpt2, llama, olmo
+from maxtext.checkpoints.hub import deepseek, gemma, gpt2, gpt_neox, llama, llama4, olmo
 from maxtext.checkpoints.hub.family import Family
 from maxtext.checkpoints.hub.parts import Json, Keys
 from maxtext.errors import CheckpointError
 
-FILES = (llama, gemma, olmo, gpt2)
+FILES = (llama, gemma, olmo, gpt2, gpt_neox, deepseek, llama4)
 
 # model_type of config.json -> the family
 FAMILIES: dict[str, Family] = {

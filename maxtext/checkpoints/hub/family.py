@@ -14,7 +14,7 @@ from maxtext.errors import CheckpointError
 INERT = frozenset(
   """
   _name_or_path _sliding_window_pattern architectures attention_dropout attn_implementation
-  attn_pdrop auto_map bos_token_id cache_implementation chunk_size_feed_forward
+  attn_pdrop auto_map bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout
   decoder_start_token_id dtype embd_pdrop eos_token_id finetuning_task hidden_dropout id2label
   initializer_range is_encoder_decoder keys_to_ignore_at_inference label2id max_window_layers
   model_type n_ctx output_attentions output_hidden_states pad_token_id pretraining_tp

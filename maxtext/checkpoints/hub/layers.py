@@ -70,6 +70,58 @@ class OptionalWindow:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class NopeLayers:
+  """Layers with and without rotary positions, of the kind `near` or of full attention.
+
+  Our blocks are `layer` and `full`, without rotary positions `nope` and `full_nope`. Where a file
+  does not say, the last of every no_rope_layer_interval has none, and those layers are near that
+  have some (`turning`) or have none. `reach` is our key of how far the near ones see.
+  """
+
+  near: str
+  reach: str = "sliding_window_size"
+  turning: bool = False
+
+  def read(self, config: Json) -> Keys:
+    depth, every = config["num_hidden_layers"], config["no_rope_layer_interval"]
+    turns = config.get("no_rope_layers") or [(i + 1) % every for i in range(depth)]
+    kinds = config.get("layer_types")
+    if kinds is None:
+      limited = self.turning or (config.get("use_sliding_window") and config.get("sliding_window"))
+      kinds = [self.near if limited and bool(turn) is self.turning else FULL for turn in turns]
+    names = {(kind, turn): name for name, (kind, turn) in self._names().items()}
+    found = []
+    for kind, turn in zip(kinds[:depth], turns):
+      named(dict.fromkeys((self.near, FULL), ""), kind)
+      found.append(names[kind, bool(turn)])
+    return {"layer_pattern": cycle(found)}
+
+  def write(self, keys: Keys) -> Json:
+    depth, every = keys["base_num_decoder_layers"], keys.get("nope_layer_interval", -1)
+    own = ["layer"]
+    if every > 0:
+      own = ["layer"] * (every - 1) + ["full_nope" if self.turning else "nope"]
+    pattern = keys.get("layer_pattern") or own
+    names = self._names()
+    if unknown := [name for name in pattern if name not in names]:
+      raise CheckpointError(f"layer_pattern: {unknown[0]!r} has no name in a config.json")
+    layers = [names[pattern[i % len(pattern)]] for i in range(depth)]
+    near = FULL if keys.get(self.reach) is None else self.near
+    return {
+      "layer_types": [near if kind == self.near else kind for kind, _ in layers],
+      "no_rope_layers": [int(turn) for _, turn in layers],
+    }
+
+  def _names(self) -> dict[str, tuple[str, bool]]:
+    return {
+      "layer": (self.near, True),
+      "full": (FULL, True),
+      "nope": (self.near, False),
+      "full_nope": (FULL, False),
+    }
+
+
 def named(names: Mapping[str, str], kind: str) -> str:
   """Our name of a kind of layer."""
   if kind not in names:

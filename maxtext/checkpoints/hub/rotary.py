@@ -10,26 +10,69 @@ from typing import Any
 from maxtext.checkpoints.hub.parts import Json, Keys
 from maxtext.errors import CheckpointError
 
-KINDS = ("default", "linear", "llama3", "yarn")
+KINDS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 LOCAL, FULL = "sliding_attention", "full_attention"
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """Rotary positions of all layers alike; `theta` where the file does not say, and whether a part
-  of each head may turn.
+  """Rotary positions of all layers alike; `theta` where the file does not say.
+
+  `share` of each head turns where the file does not say; None: all of it, and the file may not say.
+  `fixed`: which channels turn together is the block file's. `names`: older ones, as fields of the
+  file, of rope_theta and partial_rotary_factor.
   """
 
   theta: float = 10_000.0
-  partial: bool = False
+  share: float | None = None
+  fixed: bool = False
+  names: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
 
   def read(self, config: Json) -> Keys:
-    return read(_flat(config), self.theta, config, self.partial)
+    flat = _flat(config)
+    for name, old in zip(("rope_theta", "partial_rotary_factor"), self.names):
+      if (value := config.get(old)) is not None and flat.get(name) is None:
+        flat = {**flat, name: value}
+    found = read(flat, self.theta, config, self.share)
+    return {k: v for k, v in found.items() if k != "rope_interleave" or not self.fixed}
 
   def write(self, keys: Keys) -> Json:
     theta, scaling = written(keys)
-    own = {"partial_rotary_factor": keys.get("partial_rotary_factor", 1.0)} if self.partial else {}
+    own = {}
+    if self.share is not None:
+      own = {"partial_rotary_factor": keys.get("partial_rotary_factor", 1.0)}
+      scaling = scaling and {**scaling, **own}
     return {"rope_theta": theta, "rope_scaling": scaling, **own}
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentRope(Rope):
+  """Those of latent attention, whose scores YaRN sharpens too, by mscale_all_dim."""
+
+  def read(self, config: Json) -> Keys:
+    flat, found = _flat(config), super().read(config)
+    weight = flat.get("mscale_all_dim") or 0
+    if _kind(flat) == "yarn":
+      return {**found, "mscale": weight}
+    if weight and _kind(flat) != "default":
+      raise CheckpointError(f"config.json: mscale_all_dim {weight} is there with yarn only")
+    return found
+
+  def write(self, keys: Keys) -> Json:
+    found = super().write(keys)
+    weight = keys.get("mscale", 1.0)
+    if keys.get("rope_type") != "yarn" or not weight:
+      return found
+    scaling = dict(found["rope_scaling"])
+    factor = scaling["factor"]
+    turned = scaling.pop("attention_factor", _mscale(factor, 1.0))
+    over = (turned * _mscale(factor, weight) - 1) / (0.1 * math.log(factor)) if factor > 1 else 1.0
+    return {**found, "rope_scaling": {**scaling, "mscale": rounded(over), "mscale_all_dim": weight}}
+
+
+def rounded(number: float) -> float:
+  """Without the last digits, which come of computing with it."""
+  return float(f"{number:.12g}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,21 +84,22 @@ class LocalRope:
 
   theta: float
   local_theta: float
-  local: str = "rope_theta"
+  local: str = ""
 
   def read(self, config: Json) -> Keys:
     nested = _nested(config)
     if nested is None:
-      near, far = {"rope_theta": config.get(self.local)}, _flat(config)
+      near, far = {"rope_theta": config.get(self.local) if self.local else None}, _flat(config)
     else:
       near, far = dict(nested.get(LOCAL) or {}), dict(nested.get(FULL) or {})
-      config.get(self.local)
+      near_theta = config.get(self.local) if self.local else None
+      near = {"rope_theta": near_theta, **near}
     if (kind := _kind(near)) != "default":
       raise CheckpointError(
         f"config.json: rope_type {kind!r} is not there for {LOCAL}; only 'default' is"
       )
     local = near.get("rope_theta") or self.local_theta
-    return {**read(far, self.theta, config, False), "local_rope_max_timescale": local}
+    return {**read(far, self.theta, config, None), "local_rope_max_timescale": local}
 
   def write(self, keys: Keys) -> Json:
     theta, scaling = written(keys)
@@ -65,32 +109,38 @@ class LocalRope:
     return {
       "rope_theta": theta,
       "rope_scaling": scaling,
-      self.local: theta if self.local == "rope_theta" else local,
+      **({self.local: local} if self.local else {}),
       "rope_parameters": {FULL: far, LOCAL: near},
     }
 
 
-def read(rope: Json, theta: float, config: Json, partial: bool) -> Keys:
-  """The keys of one set of rotary parameters, of which `config` may have some besides."""
+def read(rope: Json, theta: float, config: Json, part: float | None) -> Keys:
+  """The keys of one set of rotary parameters, of which `config` may have some besides; `part` as
+  Rope.share.
+  """
   kind = _kind(rope)
   found: Keys = {"rope_max_timescale": rope.get("rope_theta") or theta}
   share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-  if share not in (None, 1) and not partial:
+  if share not in (None, 1) and part is None:
     kind_of = config.get("model_type")
     raise CheckpointError(f"config.json: partial_rotary_factor {share} is not there for {kind_of}")
-  if partial:
-    found["partial_rotary_factor"] = 1.0 if share is None else share
+  if part is not None:
+    found["partial_rotary_factor"] = part if share is None else share
   longest = config.get("max_position_embeddings")
   original = config.get("original_max_position_embeddings")
-  original = rope.get("original_max_position_embeddings") or original or longest
+  original = original or rope.get("original_max_position_embeddings") or longest
   if kind == "default":
     return found
   factor = rope.get("factor")
+  if kind == "longrope" or (kind == "yarn" and rope.get("short_factor")):
+    return found | {"rope_type": "longrope"} | _long(rope, original, longest)
   if factor is None and kind == "yarn" and original and longest:
     factor = longest / original
   if kind == "linear":
     return found | {"rope_linear_scaling_factor": _needed(factor, "factor", kind)}
   factor = _needed(factor, "factor", kind)
+  if kind == "dynamic":  # transformers counts from the longest text, whatever else it is told
+    original = longest
   found |= {
     "rope_factor": factor,
     "original_max_position_embeddings": _needed(original, "original_max_position_embeddings", kind),
@@ -101,6 +151,8 @@ def read(rope: Json, theta: float, config: Json, partial: bool) -> Keys:
     return found | {"rope_type": "llama3.1"}
   if kind == "yarn":
     return found | {"rope_type": "yarn", "rope_interleave": False} | _yarn(rope, factor)
+  if kind == "dynamic":
+    return found | {"rope_type": "dynamic"}
   raise CheckpointError(f"config.json: rope_type {kind!r} is none of {', '.join(KINDS)}")
 
 
@@ -110,6 +162,10 @@ def written(keys: Keys) -> tuple[float, Json | None]:
   stretch = keys.get("rope_linear_scaling_factor") or 1.0
   if kind == "default" or (kind == "llama3.1" and not keys.get("rope_use_scale", True)):
     return theta, None if stretch == 1 else {"rope_type": "linear", "factor": stretch}
+  if kind == "longrope":
+    return theta, _written_long(keys)
+  if kind == "dynamic":
+    return theta, {"rope_type": kind, "factor": float(keys["rope_factor"])}
   scaling = {
     "rope_type": {"llama3.1": "llama3"}.get(kind, kind),
     "factor": float(keys["rope_factor"]),
@@ -146,7 +202,8 @@ def _flat(config: Json) -> Json:
 
 
 def _kind(rope: Json) -> str:
-  return rope.get("rope_type") or rope.get("type") or "default"
+  kind = rope.get("rope_type") or rope.get("type") or "default"
+  return "longrope" if kind == "su" else kind
 
 
 def _needed(value: Any, name: str, kind: str) -> Any:
@@ -167,6 +224,35 @@ def _yarn(rope: Json, factor: float) -> Keys:
     "rope_attention_scaling": True,
     "rope_attention_factor": told,
   }
+
+
+def _long(rope: Json, original: Any, longest: Any) -> Keys:
+  original = _needed(original, "original_max_position_embeddings", "longrope")
+  told, factor = rope.get("attention_factor"), rope.get("factor")
+  return {
+    "rope_short_factors": list(_needed(rope.get("short_factor"), "short_factor", "longrope")),
+    "rope_long_factors": list(_needed(rope.get("long_factor"), "long_factor", "longrope")),
+    "original_max_position_embeddings": original,
+    "rope_attention_factor": told or _sharpened(factor or longest / original, original),
+  }
+
+
+def _sharpened(factor: float, original: float) -> float:
+  """LongRoPE's factor of cos and sin in a stretched context (Ding et al. 2024, appendix A.2)."""
+  return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
+def _written_long(keys: Keys) -> Json:
+  original, factor = keys["original_max_position_embeddings"], keys.get("rope_attention_factor", 1)
+  scaling = {
+    "rope_type": "longrope",
+    "short_factor": list(keys["rope_short_factors"]),
+    "long_factor": list(keys["rope_long_factors"]),
+    "original_max_position_embeddings": original,
+  }
+  longest = keys.get("max_position_embeddings")
+  usual = longest and math.isclose(factor, _sharpened(longest / original, original), rel_tol=1e-9)
+  return scaling if usual else scaling | {"attention_factor": float(factor)}
 
 
 def _mscale(factor: float, weight: float) -> float:

@@ -1,0 +1,166 @@
+"""Tiny random models of transformers, and ours with the same weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.numpy import load_file  # noqa: E402
+
+from maxtext import config  # noqa: E402
+from maxtext.checkpoints import hub  # noqa: E402
+from maxtext.checkpoints.tables import slots  # noqa: E402
+from maxtext.config.values import render  # noqa: E402
+from maxtext.layers.decoder import Decoder  # noqa: E402
+from maxtext.layers.merging import Plan  # noqa: E402
+from maxtext.layers.params import Compute  # noqa: E402
+from maxtext.masks import Mask  # noqa: E402
+from maxtext.specs import DecoderSpec  # noqa: E402
+
+LENGTH, SPLIT, VOCAB = 24, 14, 96
+TOLERANCE = 2e-4  # of the spread of the logits
+SIZES = {
+  "hidden_size": 48,
+  "intermediate_size": 80,
+  "num_hidden_layers": 4,
+  "num_attention_heads": 6,
+  "num_key_value_heads": 2,
+  "head_dim": 16,
+  "vocab_size": VOCAB,
+  "max_position_embeddings": 64,
+  "pad_token_id": 0,
+  "bos_token_id": 1,
+  "eos_token_id": 2,
+}
+NO_HEAD_DIM = {key: value for key, value in SIZES.items() if key != "head_dim"}
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
+MODELS = {"GPT2": "GPT2LMHeadModel"}
+Weights = Mapping[str, np.ndarray]
+
+
+def configuration(name: str, settings: Mapping[str, Any]) -> Any:
+  """Theirs, of the family's class."""
+  return getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**settings)
+
+
+def plain(configured: Any) -> dict[str, Any]:
+  """What its config.json says."""
+  return json.loads(configured.to_json_string())
+
+
+def twin(name: str, settings: Mapping[str, Any], seed: int = 0) -> Any:
+  """The torch model, its weights drawn wide: small ones would make it almost linear."""
+  described = configuration(name, settings)
+  described._attn_implementation = "eager"
+  described._experts_implementation = "eager"
+  model = getattr(transformers, MODELS.get(name, f"{name}ForCausalLM"))(described).eval().float()
+  draw = torch.Generator().manual_seed(seed)
+  buffers = [(path, b) for path, b in model.named_buffers() if path in model.state_dict()]
+  with torch.no_grad():
+    for path, p in [*model.named_parameters(), *buffers]:
+      p.copy_(torch.randn(p.shape, generator=draw) * (0.3 if p.ndim > 1 else 0.5))
+      if p.ndim == 1 and path.endswith("weight") and "Gemma" not in name:
+        p.add_(1)
+  return model
+
+
+def tensors_of(model: Any) -> dict[str, np.ndarray]:
+  """The torch model's tensors as its files have them, whose names are not always the module's."""
+  with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    return load_file(f"{folder}/model.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours:
+  """Our model: what it is, how it is put together, and its parameters by path."""
+
+  spec: DecoderSpec
+  plan: Plan
+  params: dict[str, Any]
+
+  @property
+  def decoder(self) -> Decoder:
+    return self.plan.merge(self.params)
+
+
+def ours(described: Mapping[str, Any], tensors: Weights, **more: Any) -> Ours:
+  """Our model with these tensors, each of which is taken and can be given back to the bit; `more`
+  keys are set besides.
+  """
+  keys = {key: v for key, v in hub.keys(described).items() if key != "vocab_size"} | more
+  argv = [f"{key}={render(value)}" for key, value in keys.items()]
+  loaded = config.load([*argv, "max_target_length=64"], {}, purpose="decode")
+  spec = loaded.decoder(described["vocab_size"])
+  plan = Plan.of(functools.partial(Decoder, spec, Compute(kernel="dot_product"), loaded.memory))
+  shapes = {path: declared.shape for path, declared in plan.declared.items()}
+  params = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
+  left = dict(tensors)
+  stages = [(len(stage.blocks), stage.repeat) for stage in spec.stages]
+  for slot in slots(hub.family(described).table, shapes, stages):
+    tensor = left.pop(slot.name)
+    assert tensor.shape == slot.shape, slot.name
+    for (path, index, _), piece in zip(slot.parts, slot.split(tensor), strict=True):
+      params[path][... if index is None else index] = piece
+    parts = [
+      params[path] if index is None else params[path][index] for path, index, _ in slot.parts
+    ]
+    np.testing.assert_array_equal(slot.join(parts), tensor)
+  assert not left, sorted(left)
+  return Ours(spec, plan, {path: jnp.asarray(value) for path, value in params.items()})
+
+
+def random_tokens(rows: int = 2, length: int = LENGTH, seed: int = 0) -> np.ndarray:
+  return np.random.default_rng(seed).integers(3, VOCAB, (rows, length))
+
+
+def logits(decoder: Decoder, tokens: np.ndarray, positions: np.ndarray, segments: np.ndarray):
+  """Ours, of tokens at these places."""
+  mask = Mask.of(jnp.asarray(positions), jnp.asarray(segments))
+  return np.asarray(decoder(jnp.asarray(tokens), mask))
+
+
+def expected(model: Any, tokens: np.ndarray, **more: np.ndarray) -> np.ndarray:
+  """Theirs."""
+  with torch.no_grad():
+    given = {name: torch.tensor(value) for name, value in more.items()}
+    return model(torch.tensor(tokens), **given).logits.numpy()
+
+
+def assert_equal(found: np.ndarray, right: np.ndarray, seen: Any = ...) -> None:
+  """Logits [b t v] of those places [b t] that are `seen`."""
+  assert np.abs(found - right)[seen].max() < TOLERANCE * right[seen].std()
+
+
+def assert_twins(
+  name: str, settings: Mapping[str, Any], seed: int = 0, packed: bool = True
+) -> None:
+  """Logits of whole rows, of rows that hold two documents, and of one with padding on its left."""
+  model = twin(name, settings, seed)
+  mine = ours(plain(model.config), tensors_of(model)).decoder
+  tokens = random_tokens(seed=seed)
+  row = np.broadcast_to(np.arange(LENGTH), tokens.shape)
+  assert_equal(logits(mine, tokens, row, np.ones_like(row)), expected(model, tokens))
+  if packed:
+    places = np.where(row < SPLIT, row, row - SPLIT)
+    found = logits(mine, tokens, places, 1 + (row >= SPLIT))
+    apart = [expected(model, tokens[:, :SPLIT]), expected(model, tokens[:, SPLIT:])]
+    assert_equal(found, np.concatenate(apart, axis=1))
+    seen = np.stack([row[0] >= 7, row[0] >= 0])
+    places = np.where(seen, row - np.array([[7], [0]]), 0)
+    found = logits(mine, tokens, places, seen.astype(int))
+    for i, start in enumerate((7, 0)):
+      assert_equal(found[i : i + 1, start:], expected(model, tokens[i : i + 1, start:]))
