@@ -85,7 +85,7 @@ class Events:
 
   def _run(self) -> None:
     """The thread: write what comes; what fails, whatever it is, leaves nobody waiting unheard."""
-    for job in iter(self._jobs.get, None):
+    while (job := self._jobs.get()) is not None:
       try:
         if self._writer is not None or time.monotonic() >= self._failed + INTERVAL:
           self._do(job)

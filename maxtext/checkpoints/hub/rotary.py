@@ -38,11 +38,12 @@ class Rope:
 
   def write(self, keys: Keys) -> Json:
     theta, scaling = written(keys)
-    own = {}
+    found = {"rope_theta": theta, "rope_scaling": scaling, self.names[0]: theta}
     if self.share is not None:
-      own = {"partial_rotary_factor": keys.get("partial_rotary_factor", 1.0)}
-      scaling = scaling and {**scaling, **own}
-    return {"rope_theta": theta, "rope_scaling": scaling, **own}
+      share = keys.get("partial_rotary_factor", 1.0)
+      found |= {"partial_rotary_factor": share, self.names[1]: share}
+      found["rope_scaling"] = scaling and {**scaling, "partial_rotary_factor": share}
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
