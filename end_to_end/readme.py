@@ -21,6 +21,7 @@ PAGES = (
   "docs/configuration.md",
   "docs/families.md",
   "docs/running.md",
+  "docs/parallelism.md",
   "docs/checkpoints.md",
   "docs/decoding.md",
   "docs/development.md",

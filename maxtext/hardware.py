@@ -21,7 +21,9 @@ def prepare(run: Run) -> None:
   if run.devices is not None:
     flags = re.sub(rf"{FORCED}=\d+", "", os.environ.get("XLA_FLAGS", ""))
     os.environ["XLA_FLAGS"] = f"{flags} {FORCED}={run.devices}".strip()
-  if run.jax_cache_dir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  # XLA's CPU backend loses the order of a kept program's collectives: they wait for each other
+  several = (run.forced_devices(os.environ) or 1) > 1
+  if run.jax_cache_dir and not several and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _keep_programs(Path(run.jax_cache_dir).expanduser())
   # XLA's and JAX's remarks on their own cache are not for users
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -28,7 +28,16 @@ Axis = Literal[
   "autoregressive",
 ]
 AXES: tuple[str, ...] = get_args(Axis)
-WORKING = ("data", "fsdp", "fsdp_transpose", "tensor")
+WORKING = (
+  "data",
+  "fsdp",
+  "fsdp_transpose",
+  "sequence",
+  "context",
+  "tensor",
+  "tensor_transpose",
+  "tensor_sequence",
+)
 
 
 @dataclasses.dataclass(frozen=True)

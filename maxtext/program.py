@@ -16,6 +16,7 @@ from maxtext import kernels, sharding
 from maxtext.config import Config
 from maxtext.config.run import Run
 from maxtext.errors import ConfigError
+from maxtext.kernels.context import balanced_order
 from maxtext.layers.decoder import Decoder
 from maxtext.layers.merging import Params, Plan, parameters
 from maxtext.layers.params import Compute
@@ -52,6 +53,7 @@ class Program:
   objective: NextToken
   schedule: optax.Schedule
   optimizer: optax.GradientTransformation
+  balanced: bool = False  # whether the tokens of a row are spread for causal attention
 
   @functools.cached_property
   def state(self) -> State:
@@ -104,6 +106,7 @@ class Program:
 
   def _loss(self, params: Params, batch: Batch, key: jax.Array | None = None) -> dict[str, Mean]:
     with sharding.use(self.layout):
+      batch = _spread(batch, self.layout) if self.balanced else batch
       return self.objective(self.plan.merge(params), batch, key)
 
   def _fresh(self) -> State:
@@ -140,15 +143,32 @@ def build(
     )
   plan = Plan.of(functools.partial(Decoder, spec, _compute(config), config.memory))
   schedule = make_schedule(config.optimizer, config.training.steps)
+  balanced = layout.ways(sharding.LENGTH) > 1 and config.kernel.balances
+  tiles = _tiles(config, layout, spec)
   return Program(
     config=config,
     layout=layout,
     spec=spec,
     plan=plan,
-    objective=NextToken(config.training.z_loss_multiplier, _tiles(config, layout, spec)),
+    objective=NextToken(config.training.z_loss_multiplier, tiles, ordered=not balanced),
     schedule=schedule,
     optimizer=make_optimizer(config.optimizer, schedule),
+    balanced=balanced,
   )
+
+
+def _spread(batch: Batch, layout: sharding.Layout) -> Batch:
+  """The columns [b t] with the tokens of each row in an order that balances causal attention.
+
+  Positions and documents are columns too, so nothing that is computed of the tokens changes.
+  """
+
+  def spread(x: jax.Array) -> jax.Array:
+    order = balanced_order(x.shape[1], layout.ways(sharding.LENGTH))
+    x = sharding.constrain(x, "activation_batch", None)[:, order]
+    return sharding.constrain(x, "activation_batch", sharding.LENGTH)
+
+  return {name: spread(x) for name, x in batch.items()}
 
 
 def find_devices(run: Run) -> list[jax.Device]:
@@ -175,11 +195,11 @@ def padded(vocabulary: int) -> int:
 def _tiles(config: Config, layout: sharding.Layout, spec: DecoderSpec) -> int:
   """Into how many parts of the length the loss is cut: as asked, else so that one is within TILE.
 
-  Where the batch is split it is one: each tile adds to a gradient as large as the parameter before
+  Where tokens are split it is one: each tile adds to a gradient as large as the parameter before
   it is split, which costs more than it saves (4 tiles on fsdp 4 x tensor 2: 1.08 of one).
   """
   length = config.training.max_target_length
-  if config.memory.num_vocab_tiling or layout.batch_ways > 1:
+  if config.memory.num_vocab_tiling or layout.token_axes:
     return config.memory.num_vocab_tiling or 1
   row = 4 * spec.vocab * config.training.micro_batch(layout.mesh.size)
   fits = lambda tiles: length // tiles * row <= TILE * layout.mesh.size

@@ -22,6 +22,7 @@ from maxtext import mesh as meshes
 from maxtext.errors import ConfigError, closest
 
 Axes = Sequence[str | None]
+LENGTH = "activation_length"
 Entry = str | tuple[str, ...] | None  # of a PartitionSpec: the mesh axes of one dimension
 
 
@@ -89,19 +90,23 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A mesh and the rules that place arrays on it."""
+  """A mesh and the rules that place arrays on it.
+
+  Axes that are `idle` split parameters, which are joined in use, and no activation.
+  """
 
   mesh: Mesh
   rules: Rules
+  idle: tuple[str, ...] = ()
 
   def sharding(self, axes: Axes, shape: Sequence[int], name: str = "") -> NamedSharding:
     """Where an array with these logical axes and shape stands."""
     return NamedSharding(self.mesh, self.rules.spec(axes, self.mesh.shape, shape, name))
 
   def gathered(self, axes: Axes, shape: Sequence[int]) -> NamedSharding:
-    """Where a parameter stands in use: whole along every mesh axis that splits the batch."""
+    """Where a parameter stands in use: whole along every mesh axis that splits tokens."""
     split = self.rules.spec(axes, self.mesh.shape, shape)
-    left = [tuple(m for m in _names(entry) if m not in self.batch_axes) for entry in split]
+    left = [tuple(m for m in _names(entry) if m not in self._joined) for entry in split]
     return NamedSharding(self.mesh, PartitionSpec(*map(_entry, left)))
 
   def shares(self, axes: Axes, shape: Sequence[int]) -> tuple[list[tuple[str, ...]], PartitionSpec]:
@@ -109,20 +114,45 @@ class Layout:
     split when they come innermost.
     """
     split = map(_names, self.rules.spec(axes, self.mesh.shape, shape))
-    new = [tuple(m for m in names if m in self.batch_axes) for names in split]
+    new = [tuple(m for m in names if m in self._joined) for names in split]
     kept = map(_names, self.gathered(axes, shape).spec)
     return new, PartitionSpec(*(_entry(old + more) for old, more in zip(kept, new)))
 
+  def splits(self, axis: str) -> tuple[str, ...]:
+    """The mesh axes that split a logical axis, outermost first."""
+    return tuple(m for m in self.rules.table.get(axis, ()) if self.mesh.shape.get(m, 1) > 1)
+
+  def ways(self, axis: str) -> int:
+    """Into how many parts a logical axis is split."""
+    return math.prod(self.mesh.shape[m] for m in self.splits(axis))
+
   @property
-  def batch_axes(self) -> tuple[str, ...]:
-    """The mesh axes that split the batch, outermost first."""
-    axes = self.rules.table.get("activation_batch", ())
-    return tuple(m for m in axes if self.mesh.shape.get(m, 1) > 1)
+  def tokens(self) -> PartitionSpec:
+    """How [b t ...] is split into tokens: the first two dimensions, the others whole."""
+    return PartitionSpec(_entry(self.splits("activation_batch")), _entry(self.splits(LENGTH)))
+
+  @property
+  def token_axes(self) -> tuple[str, ...]:
+    """The mesh axes that split the tokens: rows first, then the length."""
+    return (*self.splits("activation_batch"), *self.splits(LENGTH))
+
+  @property
+  def _joined(self) -> tuple[str, ...]:
+    return (*self.token_axes, *self.idle)
 
   @property
   def batch_ways(self) -> int:
     """Into how many parts the batch is split."""
-    return math.prod(self.mesh.shape[m] for m in self.batch_axes)
+    return self.ways("activation_batch")
+
+  def even(self, rows: jax.Array) -> bool:
+    """Whether [b t ...] divides by what splits its tokens."""
+    return rows.shape[0] % self.batch_ways == 0 and rows.shape[1] % self.ways(LENGTH) == 0
+
+  def with_whole_lengths(self) -> Layout:
+    """The same mesh and parameters, for tokens that come one by one: no length is split."""
+    lengths = {name: () for name in self.rules.table if "length" in name}
+    return Layout(self.mesh, Rules({**self.rules.table, **lengths}), self.splits(LENGTH))
 
 
 _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
@@ -180,13 +210,13 @@ def gather(w: jax.Array, axes: Axes) -> jax.Array:
 
 
 def partial(product: Callable[..., jax.Array], axes: Axes, *rows: jax.Array) -> jax.Array:
-  """product(*rows) for every share of the batch by itself -> [ways ...], each where its rows are.
+  """product(*rows) for every share of the tokens by itself -> [ways ...], each where they are.
 
-  `rows` are [b ...]; the product has the shape of a parameter with these axes, and is a sum over
-  the batch once `scatter` has added the shares up.
+  `rows` are [b t ...]; the product has the shape of a parameter with these axes, and is a sum over
+  all tokens once `scatter` has added the shares up.
   """
   layout = _active.get()
-  if layout is None or not (batch := layout.batch_axes):
+  if layout is None or not (tokens := layout.token_axes):
     return product(*rows)[None]
 
   def one(*rows: jax.Array) -> jax.Array:
@@ -194,13 +224,12 @@ def partial(product: Callable[..., jax.Array], axes: Axes, *rows: jax.Array) -> 
     place = layout.gathered(axes, share.shape).spec
     return jax.lax.with_sharding_constraint(share, place)[None]
 
-  place = PartitionSpec(batch)
   return jax.shard_map(
     one,
     mesh=layout.mesh,
-    in_specs=place,
-    out_specs=place,
-    axis_names=set(batch),  # over the other axes it stays one program
+    in_specs=layout.tokens,
+    out_specs=PartitionSpec(tokens),
+    axis_names=set(tokens),  # over the other axes it stays one program
     check_vma=False,
   )(*rows)
 
@@ -212,10 +241,10 @@ def scatter(shares: jax.Array, axes: Axes) -> jax.Array:
   device first: here no device receives more than its own part.
   """
   layout, shape = _active.get(), shares.shape[1:]
-  if layout is None or not (batch := layout.batch_axes):
+  if layout is None or not (tokens := layout.token_axes):
     return constrain(shares[0], *axes)
   new, place = layout.shares(axes, shape)
-  rest = tuple(m for m in batch if not any(m in names for names in new))
+  rest = tuple(m for m in tokens if not any(m in names for names in new))
 
   def add(shares: jax.Array) -> jax.Array:
     total = shares[0]
@@ -226,7 +255,7 @@ def scatter(shares: jax.Array, axes: Axes) -> jax.Array:
   total = jax.shard_map(
     add,
     mesh=layout.mesh,
-    in_specs=PartitionSpec(batch, *layout.gathered(axes, shape).spec),
+    in_specs=PartitionSpec(tokens, *layout.gathered(axes, shape).spec),
     out_specs=place,
     check_vma=False,
   )(shares)
@@ -236,7 +265,7 @@ def scatter(shares: jax.Array, axes: Axes) -> jax.Array:
 def take_rows(w: jax.Array, axes: Axes, rows: jax.Array) -> jax.Array:
   """Rows [b t] of a table [v d] -> [b t d]. The rows that are asked for travel, not the table."""
   layout = _active.get()
-  if layout is None or layout.batch_ways == 1 or rows.shape[0] % layout.batch_ways:
+  if layout is None or not layout.token_axes or not layout.even(rows):
     return gather(w, axes)[rows]
   (joined, moved), place = layout.shares(axes, w.shape)
   split, kept = layout.gathered(axes, w.shape).spec
@@ -251,12 +280,11 @@ def take_rows(w: jax.Array, axes: Axes, rows: jax.Array) -> jax.Array:
     y = jnp.moveaxis(jax.lax.all_to_all(y, moved, 0, 0), 0, 2)  # [b t ways d/ways]
     return y.reshape(*y.shape[:2], y.shape[2] * y.shape[3])
 
-  batch = layout.batch_axes
   return jax.shard_map(
     take,
     mesh=layout.mesh,
-    in_specs=(place, PartitionSpec(batch)),
-    out_specs=PartitionSpec(batch, None, kept),
+    in_specs=(place, layout.tokens),
+    out_specs=PartitionSpec(*layout.tokens, kept),
     check_vma=False,
   )(w, rows)
 
@@ -264,11 +292,11 @@ def take_rows(w: jax.Array, axes: Axes, rows: jax.Array) -> jax.Array:
 def add_rows(g: jax.Array, axes: Axes, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """g [b t d] added up in float32 in the rows [b t] of a table [v d] that is otherwise zero."""
   layout = _active.get()
-  if layout is None or layout.batch_ways == 1:
+  if layout is None or not layout.token_axes:
     return constrain(jnp.zeros(shape, jnp.float32).at[rows].add(g.astype(jnp.float32)), *axes)
   (joined, moved), place = layout.shares(axes, shape)
   split, kept = layout.gathered(axes, shape).spec
-  rest = tuple(m for m in layout.batch_axes if m not in (*joined, *moved))
+  rest = tuple(m for m in layout.token_axes if m not in (*joined, *moved))
   height = shape[0] // math.prod(layout.mesh.shape[m] for m in _names(split))
 
   def add(g: jax.Array, rows: jax.Array) -> jax.Array:
@@ -283,11 +311,10 @@ def add_rows(g: jax.Array, axes: Axes, rows: jax.Array, shape: tuple[int, ...]) 
     total = _add_and_split(total, joined, 0) if joined else total
     return jax.lax.psum(total, rest) if rest else total
 
-  batch = layout.batch_axes
   total = jax.shard_map(
     add,
     mesh=layout.mesh,
-    in_specs=(PartitionSpec(batch, None, kept), PartitionSpec(batch)),
+    in_specs=(PartitionSpec(*layout.tokens, kept), layout.tokens),
     out_specs=place,
     check_vma=False,
   )(g, rows)
@@ -343,7 +370,7 @@ def table(params: Mapping[str, Declared], layout: Layout, tolerance: float) -> s
   Warned of are parameters that stand whole on every device though they are more than `tolerance` of
   all bytes, and mesh axes above size 1 that split nothing.
   """
-  rows, used, total, whole = [], set(layout.rules.table["activation_batch"]), 0, []
+  rows, used, total, whole = [], set(layout.token_axes), 0, []
   for name, p in params.items():
     spec = layout.rules.spec(p.axes, layout.mesh.shape, p.shape, name)
     split = [m for entry in spec for m in _names(entry)]

@@ -236,7 +236,8 @@ class Run:
 
   def _placed(self, batches: Iterator[dict], rows: int) -> Iterator[Batch]:
     where = self._where(rows)
-    return (place(batch, where) for batch in batches)
+    first = host_rows(where, rows, self.length).start
+    return (place(batch, where, rows, first) for batch in batches)
 
   def _where(self, rows: int) -> jax.sharding.Sharding:
     return self.program.batch(rows)["inputs"].sharding

@@ -194,7 +194,13 @@ NEEDS = (
     lambda c: c.kernel.attention in ("flash", "autoselected"),
   ),
   Need(
-    ("context_parallel_strategy",),
+    ("context_parallel_load_balance",),
+    "context_parallel_strategy=all_gather or ring",
+    "context_parallel_strategy",
+    lambda c: c.kernel.context_parallel_strategy != "ulysses",
+  ),
+  Need(
+    ("context_parallel_strategy", "context_parallel_load_balance"),
     "a parallelism over an axis that splits activation_length",
     "logical_axis_rules",
     lambda c: any(

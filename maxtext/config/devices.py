@@ -10,6 +10,8 @@ from maxtext.config.config import Config
 from maxtext.errors import ConfigError, ConfigErrors
 from maxtext.training.sections import rows
 
+LENGTH = "activation_length"
+
 # Logical axes whose size the configuration knows: the key that sets it, and what it counts.
 DIMENSIONS = {
   "embed": ("base_emb_dim", "channels"),
@@ -41,7 +43,29 @@ def on_devices(config: Config, devices: int) -> Iterator[Problem]:
   if evaluation.eval_interval > 0 and evaluation.eval_per_device_batch_size:
     per_device = evaluation.eval_per_device_batch_size
     yield from _batch("eval_per_device_batch_size", per_device, devices, ways)
+  yield from _length(config, sizes)
   yield from _split(config, sizes)
+
+
+def _length(config: Config, sizes: Mapping[str, int]) -> Iterator[Problem]:
+  """Rows that cannot be cut into as many parts as the mesh splits their length, or tiles of it."""
+  mesh, length = config.mesh, config.training.max_target_length
+  axes = [a for a in mesh.logical_axis_rules.get(LENGTH, ()) if sizes.get(a, 1) > 1]
+  if not axes:
+    return
+  split = " x ".join(f"{axis} {sizes[axis]}" for axis in axes)
+  keys = [key for axis in axes for key in mesh.keys(axis) if getattr(mesh, key) != 1]
+  ways, tiles = mesh.ways(LENGTH, sizes), max(config.memory.num_vocab_tiling, 1)
+  problem = f"{length} tokens cannot be split over {split}"
+  if length % ways:
+    yield "max_target_length", f"{problem}; use a multiple of {ways}", *keys
+  elif config.kernel.balances and length % (2 * ways):
+    advice = f"in two chunks each; use a multiple of {2 * ways}, or "
+    advice += "context_parallel_load_balance=false"
+    yield "max_target_length", f"{problem} {advice}", "context_parallel_load_balance", *keys
+  elif length % (ways * tiles):
+    advice = f"in {tiles} tiles each; use a multiple of {ways * tiles}, or num_vocab_tiling=1"
+    yield "max_target_length", f"{problem} {advice}", "num_vocab_tiling", *keys
 
 
 LESS = "or split the batch less, as with more ici_tensor_parallelism"

@@ -24,8 +24,18 @@ def host_rows(sharding: Sharding, batch: int, length: int) -> slice:
   return slice(mine[0], mine[-1] + 1)
 
 
-def place(batch: dict[str, np.ndarray], sharding: Sharding) -> dict[str, jax.Array]:
-  """Columns of this host's rows [r t] -> columns of all rows [b t], split as `sharding` says."""
-  return {
-    name: jax.make_array_from_process_local_data(sharding, column) for name, column in batch.items()
-  }
+def place(
+  batch: dict[str, np.ndarray], sharding: Sharding, rows: int, first: int = 0
+) -> dict[str, jax.Array]:
+  """Columns [r t] of this host's rows, which begin at `first` -> columns of all `rows` [b t], split
+  as `sharding` says; hosts that share rows hold parts of their length.
+  """
+
+  def placed(column: np.ndarray) -> jax.Array:
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+      begin, end, _ = index[0].indices(rows)
+      return column[begin - first : end - first, index[1]]
+
+    return jax.make_array_from_callback((rows, column.shape[1]), sharding, part)
+
+  return {name: placed(column) for name, column in batch.items()}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from maxtext.errors import ConfigError, closest
 from maxtext.kernels.options import Options
@@ -47,6 +48,16 @@ def strategy(name: str, unfit: Unfit = lambda *_: None) -> Callable[[Strategy], 
     return run
 
   return add
+
+
+def balanced_order(length: int, parts: int) -> np.ndarray:
+  """The tokens of a row in the order in which part i of `parts` has the chunks i and
+  2 parts - 1 - i of it: of a causal row, all parts see as many keys.
+
+  The length is a multiple of 2 parts.
+  """
+  chunks = np.arange(length).reshape(2 * parts, -1)
+  return np.concatenate([np.r_[chunks[i], chunks[-1 - i]] for i in range(parts)])
 
 
 def attend_split(options: Options, inner: Inner, case: tuple) -> jax.Array:

@@ -46,6 +46,7 @@ class Kernel:
 
   attention: Literal["autoselected", "dot_product", "blockwise", "ragged", "flash", "cudnn_flash"]
   context_parallel_strategy: Literal["all_gather", "ring", "ulysses"]
+  context_parallel_load_balance: bool
   sa_block_q: Side
   sa_block_kv: Side
   sa_block_kv_compute: Side
@@ -58,6 +59,11 @@ class Kernel:
   sa_q_layout: TensorLayout
   sa_k_layout: TensorLayout
   sa_v_layout: TensorLayout
+
+  @property
+  def balances(self) -> bool:
+    """Whether the tokens of a length that is split are to be spread."""
+    return self.context_parallel_load_balance and self.context_parallel_strategy != "ulysses"
 
   def complaints(self) -> Iterator[tuple[str, ...]]:
     for key in (field.name for field in dataclasses.fields(self)):

@@ -130,14 +130,16 @@ def _add(a: Sums, b: Sums) -> Sums:
 
 
 def _cut(head: Head, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """[b t ...] -> [tiles b t/tiles ...], each."""
+  """[b t ...] -> [tiles b t/tiles ...], each: every tile takes tokens from all of the length, so
+  that one that is split over devices stays where it is.
+  """
   n = head.tiles
   return tuple(
-    jnp.moveaxis(x.reshape(x.shape[0], n, x.shape[1] // n, *x.shape[2:]), 1, 0) for x in arrays
+    jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // n, n, *x.shape[2:]), 2, 0) for x in arrays
   )
 
 
 def _join(x: jax.Array) -> jax.Array:
   """[tiles b t/tiles d] -> [b t d]."""
-  x = jnp.moveaxis(x, 0, 1)
+  x = jnp.moveaxis(x, 0, 2)
   return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3])

@@ -20,15 +20,16 @@ class NextToken:
   """(model, batch, dropout key) -> sums over the tokens that are not padding, by name; 'loss' is
   minimised.
 
-  Rows hold documents one after the other, each in one piece and in order. `z_loss` weighs the
-  z-loss of PaLM (Chowdhery et al. 2022, section 5), `tiles` cuts the logits.
+  Rows hold documents one after the other, each in one piece and in order, unless not `ordered`.
+  `z_loss` weighs the z-loss of PaLM (Chowdhery et al. 2022, section 5), `tiles` cuts the logits.
   """
 
   z_loss: float = 0.0
   tiles: int = 1
+  ordered: bool = True
 
   def __call__(self, model: Decoder, batch: Batch, key: jax.Array | None = None) -> dict[str, Mean]:
-    mask = Mask.of(batch["inputs_position"], batch["inputs_segmentation"], ordered=True)
+    mask = Mask.of(batch["inputs_position"], batch["inputs_segmentation"], ordered=self.ordered)
     x, _ = model.hidden(batch["inputs"], mask, key=key)
     equation, p = model.head()
     compute = model.compute

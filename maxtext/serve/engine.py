@@ -61,6 +61,7 @@ class Engine:
     `quant`: in how many bits keys and values are kept.
     """
     self.parts, self.sampler, self.stops, self.quant = parts, sampler, stops, quant
+    self.layout = parts.layout.with_whole_lengths()
     self._compiled: dict[Sizes, tuple[Callable, ...]] = {}
 
   def generate(
@@ -113,7 +114,7 @@ class Engine:
     """What goes from step to step, with its places: the ids whole on every device, since every
     process looks at all of them.
     """
-    layout, (caches, ids, positions) = self.parts.layout, shapes
+    layout, (caches, ids, positions) = self.layout, shapes
     place = lambda x, *axes: _shape(x, layout.sharding(axes, x.shape))
     return placed(caches, layout), place(ids, None), place(positions, "activation_batch")
 
@@ -145,7 +146,7 @@ class Engine:
     return max(map(len, prompts)) + length
 
   def _sizes(self, prompts: Sequence[Sequence[int]], length: int) -> Sizes:
-    ways = self.parts.layout.batch_ways
+    ways = self.layout.batch_ways
     prompt = bucket(max(map(len, prompts)))
     rows, slots = -(-len(prompts) // ways) * ways, -(-(prompt + length - 1) // SLOTS) * SLOTS
     return Sizes(rows, prompt, slots)
@@ -153,7 +154,7 @@ class Engine:
   def _shapes(self, sizes: Sizes) -> Columns:
     shapes = {"tokens": (sizes.rows, sizes.prompt), "lengths": (sizes.rows,), "rows": (sizes.rows,)}
     axes = ("activation_batch", None)
-    place = lambda shape: self.parts.layout.sharding(axes[: len(shape)], shape, "the prompts")
+    place = lambda shape: self.layout.sharding(axes[: len(shape)], shape, "the prompts")
     struct = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place(shape))
     return {name: struct(shape) for name, shape in shapes.items()}
 
@@ -170,7 +171,7 @@ class Engine:
 
   def _begin(self, params: Params, batch: Columns, slots: int) -> Held:
     """The prompts [b t] -> caches, the first new ids [b], their positions [b]."""
-    with sharding.use(self.parts.layout):
+    with sharding.use(self.layout):
       model = self.parts.plan.merge(params)
       rows, length = batch["tokens"].shape
       positions = jnp.arange(length) - (length - batch["lengths"][:, None])
@@ -184,7 +185,7 @@ class Engine:
     self, params: Params, caches: Caches, ids: jax.Array, positions: jax.Array, rows: jax.Array
   ) -> Held:
     """The ids [b] at positions [b] -> caches with them, the next ids, their positions."""
-    with sharding.use(self.parts.layout):
+    with sharding.use(self.layout):
       model = self.parts.plan.merge(params)
       mask = Mask.of(positions[:, None], jnp.ones_like(positions[:, None]))
       x, caches = model.hidden(ids[:, None], mask, caches)

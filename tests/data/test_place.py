@@ -18,7 +18,7 @@ def test_placed_columns_are_the_host_columns_split_as_asked(spec):
   mesh = Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
   sharding = NamedSharding(mesh, spec)
   batch = next(train_batches(corpus_of(numbered([90, 80])), section(), 8, 16))
-  placed = place(batch, sharding)
+  placed = place(batch, sharding, 8)
   assert placed.keys() == batch.keys()
   for name, column in placed.items():
     assert column.sharding.is_equivalent_to(sharding, 2)

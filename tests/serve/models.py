@@ -18,7 +18,7 @@ from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, MlpSpec, NormSp
 
 VOCAB, WIDTH, POSITIONS = 64, 32, 48
 LONGEST = 48  # tokens of a row in these tests
-AXES = ("data", "fsdp", "fsdp_transpose", "tensor")
+AXES = ("data", "fsdp", "fsdp_transpose", "context", "tensor")
 DEFAULTS = config.load([], {})
 
 

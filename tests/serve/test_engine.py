@@ -52,7 +52,11 @@ def test_what_a_row_gets_does_not_depend_on_its_batch(model, engine):
     assert alone == [together[row]]
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+  "sizes",
+  [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 4, "tensor": 2}],
+  ids=str,
+)
 def test_every_mesh_generates_alike_with_fewer_rows_than_devices(model, engine, sizes):
   one, many = model("mixed"), model("mixed", **sizes)
   want = engine(one, **WEIGHTED).generate(one.params, PROMPTS, 12)
