@@ -32,7 +32,8 @@ def place(
   """
 
   def placed(column: np.ndarray) -> jax.Array:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None  # it is of this host
       begin, end, _ = index[0].indices(rows)
       return column[begin - first : end - first, index[1]]
 
