@@ -47,6 +47,7 @@ class Mesh:
   Of each kind one may be -1: what is left of the devices, or of the slices.
   """
 
+  custom_mesh_and_rule: str
   mesh_axes: tuple[Axis, ...]
   logical_axis_rules: Mapping[str, tuple[Axis, ...]]
   override_logical_axis_rules: bool

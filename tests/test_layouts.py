@@ -47,6 +47,9 @@ LAYOUTS = {
   "fsdp 2 tensor 2 tensor_transpose 2": ways(fsdp=2, tensor=2, tensor_transpose=2),
   "data 2 fsdp 2 tensor_transpose 2": ways(data=2, fsdp=2, tensor_transpose=2),
   "context 2 tensor_transpose 2 fsdp 2": ways(context=2, tensor_transpose=2, fsdp=2),
+  "pure_fsdp": ("custom_mesh_and_rule=pure_fsdp", *ways(data=2, fsdp=4)),
+  "2d_fsdp": ("custom_mesh_and_rule=2d_fsdp", *ways(fsdp=4, fsdp_transpose=2)),
+  "context": ("custom_mesh_and_rule=context", *ways(fsdp=2, context=2, tensor=2)),
   "tensor_sequence 2 fsdp 4": ways(tensor_sequence=2, fsdp=4),
   "data 2 fsdp 2 tensor_sequence 2": ways(data=2, fsdp=2, tensor_sequence=2),
 }
@@ -96,6 +99,7 @@ FAST = {
   "fsdp 2 context 4, ring": "gqa",
   "context 2 tensor 2 fsdp 2, ulysses": "window",
   "context 2 tensor_transpose 2 fsdp 2": "learned",
+  "2d_fsdp": "gqa",
 }
 CASES = [
   pytest.param(layout, model, marks=() if FAST.get(layout) == model else pytest.mark.slow)

@@ -14,7 +14,7 @@ from maxtext.bounds import LARGEST
 from maxtext.config.complaints import Complaint
 from maxtext.config.config import Config
 from maxtext.config.sections import SECTION_OF
-from maxtext.config.sources import ENVIRONMENT
+from maxtext.config.sources import ENVIRONMENT, PRESET
 from maxtext.config.values import brief, shown
 from maxtext.errors import closest
 
@@ -233,9 +233,12 @@ def of_run(config: Config, purpose: Purpose, environ: Mapping[str, str]) -> Iter
 
 
 def _presets(config: Config) -> Iterator[Problem]:
-  for key in config.preset_keys:
-    if SECTION_OF[key] != "architecture":
-      yield key, "a preset holds sizes only; set this in the run's file"
+  for key, settings in config.history.items():
+    for folder, section in (("models", "architecture"), ("sharding", "mesh")):
+      if section != SECTION_OF[key] and any(
+        s.level == PRESET and s.folder is not None and s.folder.name == folder for s in settings
+      ):
+        yield key, f"a preset of configs/{folder} holds keys of {section} only; set this elsewhere"
 
 
 def _unused(config: Config) -> Iterator[Problem]:

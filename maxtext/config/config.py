@@ -40,7 +40,7 @@ class Config(Sections):
 
   @property
   def preset_keys(self) -> list[str]:
-    """The keys that the model preset sets."""
+    """The keys that presets set."""
     return [
       key for key, settings in self.history.items() if any(s.level == PRESET for s in settings)
     ]

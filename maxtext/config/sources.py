@@ -1,6 +1,6 @@
 """Every place that sets a key, from the lowest precedence to the highest.
 
-base.yml < model preset < base_config chain < the run's file < environment M_<KEY> < key=value.
+base.yml < presets < base_config chain < the run's file < environment M_<KEY> < key=value.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from maxtext.errors import closest
 SPELLINGS = {"pattern": "layer_pattern"}  # other names that keys have
 BASE, PRESET, CHAIN = 0, 1, 2  # precedence; the files of a chain count up from here
 ENVIRONMENT, COMMAND_LINE = 1000, 1001
+PRESETS = {  # key that names one -> the folder of its kind, and what one is called
+  "model_name": ("models", "model preset"),
+  "custom_mesh_and_rule": ("sharding", "set of mesh axes and rules"),
+}
 DEEPEST = 50  # files of a chain
 
 
@@ -51,7 +55,8 @@ def gather(
   own = [s for i, file in enumerate(files) for s in _of_file(file, CHAIN + i, complain)]
   own = _known([*own, *_of_environment(environ), *typed], complain)
   _refuse_contradictions(own, complain)
-  return [*defaults(), *_of_preset(own, complain), *own]
+  presets = [s for key in PRESETS for s in _of_preset(key, own, complain)]
+  return [*defaults(), *presets, *own]
 
 
 @functools.cache
@@ -183,18 +188,19 @@ def _of_environment(environ: Mapping[str, str]) -> list[Setting]:
   return settings
 
 
-def _of_preset(own: list[Setting], complain: Complain) -> list[Setting]:
-  """The settings of the model preset that is named last, which are sizes only."""
-  named = next((s for s in reversed(own) if s.key == "model_name"), None)
+def _of_preset(key: str, own: list[Setting], complain: Complain) -> list[Setting]:
+  """The settings of the preset that `key` names last, which are of one section only."""
+  named = next((s for s in reversed(own) if s.key == key), None)
   if named is None or not isinstance(named.node.value, str) or named.node.null or not named.text:
     return []
-  name, known = named.node.value, documents.names("models")
+  folder, what = PRESETS[key]
+  name, known = named.node.value, documents.names(folder)
   if name not in known:
     offer = brief(", ".join(known), 120)
-    problem = f"{shown(name)} is no model preset{closest(name, known)} (configs/models: {offer})"
+    problem = f"{shown(name)} is no {what}{closest(name, known)} (configs/{folder}: {offer})"
     complain(Lost(named.where, named.typed, problem))
     return []
-  path = documents.PACKAGED / "models" / f"{name}.yml"
+  path = documents.PACKAGED / folder / f"{name}.yml"
   return _known(_of_file((path, read(path, complain)), PRESET, complain), complain)
 
 

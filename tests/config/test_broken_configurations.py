@@ -43,6 +43,14 @@ COMMAND_LINES = [
   ("configs/bas.yml", "'configs/bas.yml': no such file, did you mean 'configs/base.yml'?"),
   ("configs", "configs", "is a folder; name a file in it"),
   ("model_name=llama2-7", "'llama2-7' is no model preset, did you mean 'llama2-7b'?"),
+  (
+    "custom_mesh_and_rule=fsdp",
+    "'fsdp' is no set of mesh axes and rules, did you mean '2d_fsdp'? (configs/sharding: ",
+  ),
+  (
+    "custom_mesh_and_rule=pure_fsdp ici_tensor_parallelism=2",
+    "ici_tensor_parallelism=2, but mesh_axes does not name 'tensor'; add it there, or set",
+  ),
   ("model_name=../base", "'../base' is no model preset", "configs/models:"),
   ("decoder_block=lama2", "decoder_block: 'lama2' is no decoder block, did you mean 'llama2'?"),
   ("decoder_block=./own.yml", "decoder_block: './own.yml': no such file"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from maxtext import config
-from maxtext.config import documents, tokenizer
+from maxtext.config import documents, sources, tokenizer
 from maxtext.config.decoder import ELSEWHERE, BlockFile
 from maxtext.config.sections import HINTS, SECTION_OF, SECTIONS, hint_of
 from maxtext.config.values import coerce, words
@@ -75,7 +75,7 @@ def test_every_key_is_read_somewhere():
   names |= set(re.findall(r"\$\{(\w+)\}", blocks)) | ELSEWHERE
   names |= {key for key in SECTION_OF if key.endswith("_parallelism")}  # read by mesh._key
   names |= {*options.KEYS.values(), options.CONTEXT}  # read by kernels.Options.of
-  names |= {"model_name", "override_logical_axis_rules", "log_config"}  # read while loading
+  names |= {*sources.PRESETS, "override_logical_axis_rules", "log_config"}  # read while loading
   assert set(SECTION_OF) - names == set()
 
 
