@@ -10,14 +10,15 @@ from typing import Any
 
 import jax
 
-from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, MlpSpec, NormSpec
+from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, DeltaSpec, MlpSpec, NormSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
   """Floating-point operations, a multiplication and an addition counted as two, in matmuls only.
 
-  `weights` multiply activations by parameters; `attention` multiplies activations by each other.
+  `weights` multiply activations by parameters; `attention` multiplies activations by each other,
+  or by the state of a delta net.
   Recomputation for the backward pass is not counted: this is what the model needs, not what a
   program happens to do.
   """
@@ -35,17 +36,26 @@ class Flops:
 
 def forward_flops(spec: DecoderSpec, tokens: int, length: int) -> Flops:
   """One forward pass over `tokens` tokens in causal sequences of `length`."""
-  pairs = sum(
-    attention.heads * (attention.head_dim + _value_dim(attention)) * _pairs(length, attention)
-    for attention in (block.attention for block in spec.blocks)
-  )
-  # q.k and weights.v: each a product of head_dim terms for every pair of tokens and every head
+  pairs = sum(_mixing(block, length) for block in spec.blocks)
   return Flops(2.0 * matmul_parameters(spec) * tokens, 2.0 * pairs * tokens / length)
 
 
 def step_flops(spec: DecoderSpec, tokens: int, length: int) -> Flops:
   """One training step over `tokens` tokens: the backward pass has two products for each forward."""
   return forward_flops(spec, tokens, length) * 3
+
+
+def _mixing(block: BlockSpec, length: int) -> float:
+  """Products of two activations in one sequence.
+
+  Of attention q.k and weights.v, each of head_dim terms for every pair of tokens and every head. Of
+  a delta net, for every token and value head, three with the state: what it holds of the key, its
+  correction, and what the query reads. That is the recurrence; its chunks multiply more.
+  """
+  if (delta := block.delta) is not None:
+    return 3.0 * length * delta.value_heads * delta.key_dim * delta.value_dim
+  attention = block.attention
+  return attention.heads * (attention.head_dim + _value_dim(attention)) * _pairs(length, attention)
 
 
 def _pairs(length: int, spec: AttentionSpec) -> float:
@@ -79,7 +89,7 @@ def parameter_count(spec: DecoderSpec) -> int:
   blocks = sum(
     _projections(block, spec.width)
     + _biases(block.attention, block.mlp, spec.width)
-    + _attention_norms(block.attention)
+    + _mixer_norms(block)
     + _block_norms(block) * _norm(block.norm, spec.width)
     for block in spec.blocks
   )
@@ -94,7 +104,15 @@ def _block_norms(block: BlockSpec) -> int:
 def _projections(block: BlockSpec, width: int) -> int:
   """Weights of a block's projections: query, key, value, out; up (and gate), down."""
   mlp = block.mlp
-  return _heads(block.attention, width) + width * (len(mlp.activations) + 1) * mlp.hidden
+  mixer = _delta(block.delta, width) if block.delta else _heads(block.attention, width)
+  return mixer + width * (len(mlp.activations) + 1) * mlp.hidden
+
+
+def _delta(spec: DeltaSpec, width: int) -> int:
+  """Weights of a delta net's projections and of its convolution."""
+  keys, values = spec.key_heads * spec.key_dim, spec.value_heads * spec.value_dim
+  projected = width * (2 * keys + 2 * values + 2 * spec.value_heads) + values * width
+  return projected + spec.conv * spec.key_heads * spec.channels
 
 
 def _heads(spec: AttentionSpec, width: int) -> int:
@@ -109,7 +127,10 @@ def _heads(spec: AttentionSpec, width: int) -> int:
   return queries + down + up + spec.heads * low.value_dim * width
 
 
-def _biases(attention: AttentionSpec, mlp: MlpSpec, width: int) -> int:
+def _biases(attention: AttentionSpec | None, mlp: MlpSpec, width: int) -> int:
+  feeding = mlp.bias * (len(mlp.activations) * mlp.hidden + width)
+  if attention is None:
+    return feeding
   groups = attention.kv_heads * (1 if attention.share_kv else 2)
   heads = (attention.heads * (2 if attention.gate else 1) + groups) * attention.head_dim
   if (low := attention.latent) is not None:
@@ -117,11 +138,14 @@ def _biases(attention: AttentionSpec, mlp: MlpSpec, width: int) -> int:
   else:
     heads *= attention.bias
   out = attention.bias if attention.out_bias is None else attention.out_bias
-  attending = heads + out * width + attention.sink * attention.heads
-  return attending + mlp.bias * (len(mlp.activations) * mlp.hidden + width)
+  return heads + out * width + attention.sink * attention.heads + feeding
 
 
-def _attention_norms(spec: AttentionSpec) -> int:
+def _mixer_norms(block: BlockSpec) -> int:
+  """Weights of the norms inside attention, or of a delta net's norm and decays."""
+  if (delta := block.delta) is not None:
+    return delta.value_dim + 2 * delta.value_heads
+  spec = block.attention
   if spec.latent is not None:
     ranks = (spec.latent.kv_rank, spec.latent.q_rank or 0)
     return sum(_norm(spec.latent.norm, rank) for rank in ranks)

@@ -20,6 +20,10 @@ GATED, UNGATED = (
   ("decoder_block=llama2",),
   ("decoder_block=gpt3", "base_num_kv_heads=4", "trainable_position_size=16"),
 )
+LINEAR = (
+  *("decoder_block=qwen3_next", "layer_pattern=[linear, layer]", "gdn_num_key_heads=2"),
+  *("gdn_num_value_heads=4", "gdn_key_head_dim=8", "gdn_value_head_dim=8"),
+)
 SPLIT = ("logical_axis_rules={activation_embed: [tensor]}",)
 MESHES = {  # data, fsdp, fsdp_transpose, tensor
   "1": (1, 1, 1, 1),
@@ -113,6 +117,11 @@ def test_splitting_the_width_of_activations_gives_the_same_losses(mesh, parts):
 @pytest.mark.parametrize("mesh", slow_but("2x2x2", of=[m for m in MESHES if m != "1"]))
 def test_a_family_with_biases_and_learned_positions_does_too(mesh):
   agree(mesh, keys=UNGATED, reference=UNGATED)
+
+
+@pytest.mark.parametrize("mesh", slow_but("2x2x2", of=[m for m in MESHES if m != "1"]))
+def test_a_family_with_delta_nets_does_too(mesh):
+  agree(mesh, keys=LINEAR, reference=LINEAR)
 
 
 @pytest.mark.parametrize("mesh", ["1", "2x2x2"])

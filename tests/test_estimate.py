@@ -21,6 +21,7 @@ from maxtext.specs import (
   AttentionSpec,
   BlockSpec,
   DecoderSpec,
+  DeltaSpec,
   MlpSpec,
   NormSpec,
   QkNormSpec,
@@ -36,7 +37,7 @@ GELU = MlpSpec(2048, ("gelu",), bias=True)
 GPT = DecoderSpec(
   width=512,
   vocab=4096,
-  stages=(Stage((BlockSpec(AttentionSpec(8, 8, 64, None, bias=True), GELU, LAYER),), 2),),
+  stages=(Stage((BlockSpec(AttentionSpec(8, 8, 64, None, bias=True), GELU, norm=LAYER),), 2),),
   norm=LAYER,
   tied=True,
   positions=LENGTH,
@@ -53,7 +54,8 @@ ODD = DecoderSpec(
       ),
       3,
     ),
-    Stage((BlockSpec(AttentionSpec(2, 2, 24), MlpSpec(100), LAYER),)),
+    Stage((BlockSpec(AttentionSpec(2, 2, 24), MlpSpec(100), norm=LAYER),)),
+    Stage((BlockSpec(mlp=MlpSpec(24, bias=True), delta=DeltaSpec(2, 6, 8, 12, conv=3)),)),
   ),
 )
 
@@ -115,6 +117,13 @@ def test_attention_counts_the_pairs_that_a_window_leaves(window):
   width = min(window or length, length)
   ours = estimate.forward_flops(spec, length, length).attention / (4 * 4 * 8)
   assert ours == seen - width / 2
+
+
+def test_a_delta_net_costs_the_same_for_every_token():
+  block = BlockSpec(mlp=MlpSpec(8), delta=DeltaSpec(2, 4, 16, 24))
+  spec = dataclasses.replace(LLAMA, stages=(Stage((block,), 3),))
+  short, long = (estimate.forward_flops(spec, 4096, length) for length in (64, 4096))
+  assert short == long and short.attention == 2 * 3 * 4 * 16 * 24 * 4096 * 3
 
 
 def test_tied_and_untied_unembeddings_cost_the_same():

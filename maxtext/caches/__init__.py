@@ -12,6 +12,7 @@ from maxtext.caches.paged import Ledger, PagedCache
 from maxtext.caches.prompt import PromptCache, bounded
 from maxtext.caches.rows import RowCache
 from maxtext.caches.slabs import Storage, axis_order
+from maxtext.caches.state import StateCache
 from maxtext.caches.store import Size
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
   "RingCache",
   "RowCache",
   "Size",
+  "StateCache",
   "Storage",
   "axis_order",
   "bounded",

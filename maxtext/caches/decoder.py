@@ -9,9 +9,10 @@ import jax
 
 from maxtext.caches.prompt import bounded
 from maxtext.caches.slabs import Slab, Storage
+from maxtext.caches.state import AXES, StateCache
 from maxtext.caches.store import Size
 from maxtext.sharding import Layout
-from maxtext.specs import AttentionSpec, DecoderSpec
+from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec
 
 Caches = tuple[tuple[Any, ...], ...]  # per stage, per block
 Make = Callable[[Size, int, int, Storage, int | None], Any]
@@ -22,15 +23,16 @@ def empty(
 ) -> Caches:
   """Fresh caches of a decoder: `rows` of `slots` tokens, fewer where a layer sees less far back.
 
-  `make(size, rows, slots, storage, reach)` gives that of one block.
+  `make(size, rows, slots, storage, reach)` gives that of one block with attention; a delta net has
+  its state.
   """
 
-  def one(attention: AttentionSpec, layers: int) -> Any:
-    return make(kept(attention, layers), rows, slots, storage, reach(attention))
+  def one(block: BlockSpec, layers: int) -> Any:
+    if block.attention is None:
+      return StateCache.empty(block.delta, layers, rows, storage.dtype)
+    return make(kept(block.attention, layers), rows, slots, storage, reach(block.attention))
 
-  return tuple(
-    tuple(one(block.attention, stage.repeat) for block in stage.blocks) for stage in spec.stages
-  )
+  return tuple(tuple(one(block, stage.repeat) for block in stage.blocks) for stage in spec.stages)
 
 
 def kept(spec: AttentionSpec, layers: int) -> Size:
@@ -66,4 +68,4 @@ def placed(caches: Caches, layout: Layout) -> Caches:
   return jax.tree_util.tree_map_with_path(place, caches, is_leaf=leaf)
 
 
-_AXES = {"written": ("layers", "activation_batch"), "table": ("activation_batch", None)}
+_AXES = AXES | {"written": ("layers", "activation_batch"), "table": ("activation_batch", None)}

@@ -56,6 +56,11 @@ class Architecture:
   v_head_dim: Count
   mscale: NotNegative
   mla_naive_kvcache: bool
+  gdn_num_key_heads: Count
+  gdn_num_value_heads: Count
+  gdn_key_head_dim: Count
+  gdn_value_head_dim: Count
+  gdn_conv_kernel_dim: Count
   trainable_position_size: Count
   max_position_embeddings: Count | None
   rope_min_timescale: Positive

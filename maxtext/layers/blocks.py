@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maxtext.layers.delta import DeltaNet
 from maxtext.layers.grouped import C, GroupedAttention
 from maxtext.layers.latent import LatentAttention
 from maxtext.layers.mlp import Mlp
@@ -17,14 +18,15 @@ from maxtext.specs import BlockSpec
 
 
 class Block(nnx.Module):
-  """x [b t d] -> [b t d]: x + attention(norm(x)), then x + mlp(norm(x)), as the spec varies it."""
+  """x [b t d] -> [b t d]: x + mixer(norm(x)), then x + mlp(norm(x)), as the spec varies it."""
 
   def __init__(self, spec: BlockSpec, width: int, compute: Compute, rngs: nnx.Rngs):
     self.spec = spec
     norm = lambda wanted: make_norm(spec.norm, width, compute, rngs) if wanted else None
     self.attention_norm = norm(spec.pre_norm)
-    layer = LatentAttention if spec.attention.latent else GroupedAttention
-    self.attention = layer(spec.attention, width, compute, rngs)
+    self.delta = spec.delta and DeltaNet(spec.delta, width, compute, rngs)
+    layer = LatentAttention if spec.attention and spec.attention.latent else GroupedAttention
+    self.attention = spec.attention and layer(spec.attention, width, compute, rngs)
     self.post_attention_norm = norm(spec.post_attention_norm)
     self.mlp_norm = norm(spec.pre_norm)
     self.mlp = Mlp(spec.mlp, width, compute, rngs)
@@ -37,9 +39,10 @@ class Block(nnx.Module):
     spec = self.spec
     keys = (None, None) if key is None else jax.random.split(key)
     seed = None
-    if key is not None and spec.attention.dropout:
+    if key is not None and spec.attention is not None and spec.attention.dropout:
       seed = jax.random.bits(jax.random.fold_in(key, 2), (2,), jnp.uint32)
-    y, cache = self.attention(_normed(self.attention_norm, x), mask, cache, seed)
+    mixer = self.attention if self.delta is None else self.delta
+    y, cache = mixer(_normed(self.attention_norm, x), mask, cache, seed)
     between = self._add(x, _normed(self.post_attention_norm, y), keys[0])
     y = self.mlp(_normed(self.mlp_norm, x if spec.parallel else between))
     return self._add(between, _normed(self.post_mlp_norm, y), keys[1]), cache

@@ -11,6 +11,7 @@ from maxtext.specs.attention import (
   TemperatureSpec,
 )
 from maxtext.specs.decoder import BlockSpec, DecoderSpec, Stage, staged
+from maxtext.specs.delta import DeltaSpec
 from maxtext.specs.feedforward import Activation, MlpSpec
 from maxtext.specs.norms import NormSpec
 from maxtext.specs.rotary import (
@@ -31,6 +32,7 @@ __all__ = [
   "BlockSpec",
   "CacheQuantSpec",
   "DecoderSpec",
+  "DeltaSpec",
   "GridRopeSpec",
   "LatentSpec",
   "LongScaling",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from maxtext.errors import ConfigError
 from maxtext.specs.attention import AttentionSpec
+from maxtext.specs.delta import DeltaSpec
 from maxtext.specs.feedforward import MlpSpec
 from maxtext.specs.limits import above, at_least
 from maxtext.specs.norms import NormSpec
@@ -14,13 +15,16 @@ from maxtext.specs.norms import NormSpec
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
-  """One residual block: x + attention(norm(x)), then x + mlp(norm(x)); `parallel`: both addends are
+  """One residual block: x + mixer(norm(x)), then x + mlp(norm(x)); `parallel`: both addends are
   made from the same x. Each addend is normalised with post norms, and multiplied by
   `residual_scale`; dropout comes last.
+
+  The mixer is `attention` or a gated `delta` net.
   """
 
-  attention: AttentionSpec
-  mlp: MlpSpec
+  attention: AttentionSpec | None = None
+  mlp: MlpSpec | None = None
+  delta: DeltaSpec | None = None
   norm: NormSpec = NormSpec()
   pre_norm: bool = True
   post_attention_norm: bool = False
@@ -30,6 +34,10 @@ class BlockSpec:
   dropout: float = 0.0
 
   def __post_init__(self):
+    if (self.attention is None) is (self.delta is None):
+      raise ConfigError("attention", "a block has either attention or delta; write one of them")
+    if self.mlp is None:
+      raise ConfigError("mlp", "is missing; write a mapping of its parts")
     if not 0 <= self.dropout < 1:
       raise ConfigError("dropout", f"{self.dropout} is not from 0 up to 1")
     above(self, 0, "residual_scale")

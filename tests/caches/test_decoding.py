@@ -1,6 +1,7 @@
 """Decoding with a cache equals one pass."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -59,23 +60,38 @@ def check(model, parts, lengths):
 TOKEN_BY_TOKEN = (10, *[1] * 10)
 
 
-@pytest.mark.parametrize("scan, policy", [(True, "full"), (False, "none")])
-@pytest.mark.parametrize("spec", ["grouped", "windowed", "learned", "mixed"])
+@pytest.mark.parametrize(
+  "spec, scan, policy",
+  [
+    *itertools.product(("grouped", "windowed", "learned", "mixed"), (True,), ("full",)),
+    *itertools.product(("grouped", "windowed", "learned", "mixed"), (False,), ("none",)),
+    ("linear", True, "full"),
+    pytest.param("linear", False, "none", marks=pytest.mark.slow),
+  ],
+)
 def test_decoding_with_a_cache_equals_one_pass_over_each_row_alone(model, spec, scan, policy):
   check(model(spec, scan=scan, policy=policy), TOKEN_BY_TOKEN, [20, 11, 15])
 
 
 @pytest.mark.parametrize("parts", [(7, 1, 5, 1, 6), (1,) * 20, (2, 18)], ids=str)
-def test_tokens_may_come_in_parts_of_any_size(model, parts):
-  check(model("mixed"), parts, [20, 19])
+@pytest.mark.parametrize("spec", ["mixed", pytest.param("linear", marks=pytest.mark.slow)])
+def test_tokens_may_come_in_parts_of_any_size(model, parts, spec):
+  check(model(spec), parts, [20, 19])
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_every_mesh_decodes_alike(model, sizes):
-  check(model("mixed", **sizes), TOKEN_BY_TOKEN, [20, 11, 15, 14, 20, 12, 11, 17])
+@pytest.mark.parametrize(
+  "spec, sizes",
+  [("mixed", sizes) for sizes in MESHES]
+  + [pytest.param("linear", sizes, marks=pytest.mark.slow) for sizes in MESHES],
+  ids=str,
+)
+def test_every_mesh_decodes_alike(model, spec, sizes):
+  check(model(spec, **sizes), TOKEN_BY_TOKEN, [20, 11, 15, 14, 20, 12, 11, 17])
 
 
-@pytest.mark.parametrize("spec", ["grouped", "windowed"])
+@pytest.mark.parametrize(
+  "spec", ["grouped", "windowed", pytest.param("linear", marks=pytest.mark.slow)]
+)
 def test_documents_packed_in_one_row_do_not_see_each_other(model, spec):
   ids, _, _ = padded([LENGTH])
   cut, at = 9, np.arange(LENGTH, dtype=np.int32)

@@ -14,7 +14,15 @@ from maxtext.layers.merging import Plan
 from maxtext.layers.params import Compute
 from maxtext.layers.sections import Memory
 from maxtext.masks import Mask
-from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, MlpSpec, NormSpec, Stage
+from maxtext.specs import (
+  AttentionSpec,
+  BlockSpec,
+  DecoderSpec,
+  DeltaSpec,
+  MlpSpec,
+  NormSpec,
+  Stage,
+)
 
 VOCAB, WIDTH, POSITIONS = 64, 32, 48
 LONGEST = 48  # tokens of a row in these tests
@@ -26,10 +34,15 @@ def block(window=None, **more):
   return BlockSpec(AttentionSpec(4, 2, 8, window=window, **more), MlpSpec(96))
 
 
+def linear():
+  """Delta nets, then attention."""
+  return BlockSpec(mlp=MlpSpec(96), delta=DeltaSpec(2, 4, 8, 8, conv=4))
+
+
 def learned():
   norm = NormSpec("layer", 1e-5)
   attention = AttentionSpec(4, 4, 8, rope=None, bias=True)
-  each = BlockSpec(attention, MlpSpec(96, ("gelu",), bias=True), norm)
+  each = BlockSpec(attention, MlpSpec(96, ("gelu",), bias=True), norm=norm)
   return DecoderSpec(WIDTH, VOCAB, (Stage((each,), 2),), norm, tied=True, positions=POSITIONS)
 
 
@@ -37,6 +50,7 @@ SPECS = {
   "grouped": DecoderSpec(WIDTH, VOCAB, (Stage((block(),), 2),)),
   "windowed": DecoderSpec(WIDTH, VOCAB, (Stage((block(window=4),), 2),)),
   "learned": learned(),
+  "linear": DecoderSpec(WIDTH, VOCAB, (Stage((linear(),), 2), Stage((block(),)))),
   "mixed": DecoderSpec(
     WIDTH, VOCAB, (Stage((block(window=3), block()), 2), Stage((block(5),))), tied=True
   ),

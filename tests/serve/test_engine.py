@@ -34,8 +34,9 @@ def engine(decode):
 WEIGHTED = {"decode_sampling_strategy": "weighted", "decode_seed": 5}
 
 
-def test_greedy_takes_the_likeliest_token_of_one_pass(model, engine):
-  model = model("mixed")
+@pytest.mark.parametrize("spec", ["mixed", "linear"])
+def test_greedy_takes_the_likeliest_token_of_one_pass(model, engine, spec):
+  model = model(spec)
   for prompt, new in zip(PROMPTS, engine(model).generate(model.params, PROMPTS, 20)):
     assert len(new) == 20
     logits = model.logits(prompt + new)[len(prompt) - 1 : -1]
