@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, DeltaSpec, MlpSpec, NormSpec
+from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, DeltaSpec, NormSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +52,10 @@ def _mixing(block: BlockSpec, length: int) -> float:
   a delta net, for every token and value head, three with the state: what it holds of the key, its
   correction, and what the query reads. That is the recurrence; its chunks multiply more.
   """
-  if (delta := block.delta) is not None:
-    return 3.0 * length * delta.value_heads * delta.key_dim * delta.value_dim
-  attention = block.attention
-  return attention.heads * (attention.head_dim + _value_dim(attention)) * _pairs(length, attention)
+  mixer = block.mixer
+  if isinstance(mixer, DeltaSpec):
+    return 3.0 * length * mixer.value_heads * mixer.key_dim * mixer.value_dim
+  return mixer.heads * (mixer.head_dim + _value_dim(mixer)) * _pairs(length, mixer)
 
 
 def _pairs(length: int, spec: AttentionSpec) -> float:
@@ -88,7 +88,7 @@ def parameter_count(spec: DecoderSpec) -> int:
   tables = spec.vocab * (1 if spec.tied else 2) + spec.positions
   blocks = sum(
     _projections(block, spec.width)
-    + _biases(block.attention, block.mlp, spec.width)
+    + _biases(block, spec.width)
     + _mixer_norms(block)
     + _block_norms(block) * _norm(block.norm, spec.width)
     for block in spec.blocks
@@ -104,8 +104,10 @@ def _block_norms(block: BlockSpec) -> int:
 def _projections(block: BlockSpec, width: int) -> int:
   """Weights of a block's projections: query, key, value, out; up (and gate), down."""
   mlp = block.mlp
-  mixer = _delta(block.delta, width) if block.delta else _heads(block.attention, width)
-  return mixer + width * (len(mlp.activations) + 1) * mlp.hidden
+  mixer = block.mixer
+  mixing = _delta(mixer, width) if isinstance(mixer, DeltaSpec) else _heads(mixer, width)
+  assert mlp is not None
+  return mixing + width * (len(mlp.activations) + 1) * mlp.hidden
 
 
 def _delta(spec: DeltaSpec, width: int) -> int:
@@ -127,25 +129,29 @@ def _heads(spec: AttentionSpec, width: int) -> int:
   return queries + down + up + spec.heads * low.value_dim * width
 
 
-def _biases(attention: AttentionSpec | None, mlp: MlpSpec, width: int) -> int:
+def _biases(block: BlockSpec, width: int) -> int:
+  mlp, mixer = block.mlp, block.mixer
+  assert mlp is not None
   feeding = mlp.bias * (len(mlp.activations) * mlp.hidden + width)
-  if attention is None:
-    return feeding
-  groups = attention.kv_heads * (1 if attention.share_kv else 2)
-  heads = (attention.heads * (2 if attention.gate else 1) + groups) * attention.head_dim
-  if (low := attention.latent) is not None:
+  return feeding if isinstance(mixer, DeltaSpec) else feeding + _attention_biases(mixer, width)
+
+
+def _attention_biases(spec: AttentionSpec, width: int) -> int:
+  groups = spec.kv_heads * (1 if spec.share_kv else 2)
+  heads = (spec.heads * (2 if spec.gate else 1) + groups) * spec.head_dim
+  if (low := spec.latent) is not None:
     heads = low.bias * (low.kv_rank + low.rope_dim + (low.q_rank or 0))
   else:
-    heads *= attention.bias
-  out = attention.bias if attention.out_bias is None else attention.out_bias
-  return heads + out * width + attention.sink * attention.heads + feeding
+    heads *= spec.bias
+  out = spec.bias if spec.out_bias is None else spec.out_bias
+  return heads + out * width + spec.sink * spec.heads
 
 
 def _mixer_norms(block: BlockSpec) -> int:
   """Weights of the norms inside attention, or of a delta net's norm and decays."""
-  if (delta := block.delta) is not None:
-    return delta.value_dim + 2 * delta.value_heads
-  spec = block.attention
+  spec = block.mixer
+  if isinstance(spec, DeltaSpec):
+    return spec.value_dim + 2 * spec.value_heads
   if spec.latent is not None:
     ranks = (spec.latent.kv_rank, spec.latent.q_rank or 0)
     return sum(_norm(spec.latent.norm, rank) for rank in ranks)

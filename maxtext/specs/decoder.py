@@ -42,6 +42,13 @@ class BlockSpec:
       raise ConfigError("dropout", f"{self.dropout} is not from 0 up to 1")
     above(self, 0, "residual_scale")
 
+  @property
+  def mixer(self) -> AttentionSpec | DeltaSpec:
+    """The attention or the delta net."""
+    found = self.attention or self.delta
+    assert found is not None
+    return found
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
