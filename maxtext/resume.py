@@ -5,6 +5,7 @@ do.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from maxtext.errors import CheckpointError, ConfigErrors
 from maxtext.log import log
 
 FACTS, CONFIG, DATA = "facts", "config", "data"  # what a checkpoint holds beside the state
+LOSS = "eval_loss"  # the fact that is the evaluation's loss after just the checkpoint's steps
 MODEL = "model"  # the fact that says what the decoder block file made of the sizes
 
 # Sections of which every key is part of what a run computes, and single keys of others that are.
@@ -53,6 +55,19 @@ def check(config: Config, saved: Mapping[str, Any], devices: int) -> None:
   ]
   if refused:
     raise ConfigErrors(refused)
+
+
+def ended(config: Config, saved: Mapping[str, Any], newest: int) -> str:
+  """Why a run has nothing left to do after `newest` steps, and what would give it something; empty
+  where it has.
+  """
+  steps, target = config.training.steps, config.eval.target_eval_loss
+  if newest >= steps:
+    return f"has finished its {newest} steps; set steps or run_name to train on"
+  if target and saved[FACTS].get(LOSS, math.inf) <= target:
+    reached = f"has reached target_eval_loss={target:g} after {newest} steps"
+    return f"{reached}; lower it, or set it to 0, to train on"
+  return ""
 
 
 def check_model(config: Config, saved: Mapping[str, Any]) -> None:

@@ -103,6 +103,7 @@ class Run:
   batches: Batches
   metrics: Metrics
   progress: Progress
+  evaluate: Evaluate | None
 
   def __init__(self, config: Config, folder: Path, built: Program, started: float):
     self.config, self.folder, self.program, self.started = config, folder, built, started
@@ -116,9 +117,9 @@ class Run:
 
   def train(self, stop: Stop) -> int:
     """Compile, begin or go on, train, save, and say how it ended."""
-    newest, steps = self._newest(), self.config.training.steps
-    if newest is not None and newest >= steps:
-      log.info(f"{self.folder} has finished its {newest} steps; set steps or run_name to train on")
+    newest, ended = self._newest()
+    if ended:
+      log.info(f"{self.folder} {ended}")
       return 0
     with ThreadPoolExecutor(1) as background:
       traced = self.program.step.trace(self.program.state, self.program.batch(self.rows))
@@ -133,12 +134,12 @@ class Run:
         step = compiling.result()
         self._announce(step)
         with self._open_progress(first) as self.progress:
-          end = self._loop(step, state, range(first, steps), stop)
+          end = self._loop(step, state, range(first, self.config.training.steps), stop)
     return end
 
   def _loop(self, step: Step, state: State, span: range, stop: Stop) -> int:
     """Run the steps, save the last state and wait until it is on disk."""
-    evaluate = self._evaluate() if self.config.eval.eval_interval > 0 else None
+    evaluate = self.evaluate = self._evaluate() if self.config.eval.eval_interval > 0 else None
     hooks: list[Hook] = [hook for hook in (self._histograms(), evaluate, self.save) if hook]
     checkpoint = self.config.checkpoint
     if self.save and checkpoint.save_checkpoint_on_start and not self.save.checkpoints.steps():
@@ -154,22 +155,23 @@ class Run:
     self._farewell(end, None if evaluate is None else evaluate.last, stop)
     return 0
 
-  def _newest(self) -> int | None:
-    """The newest whole checkpoint of this run, if the run it belongs to is this one; refuses to
-    start over damage.
+  def _newest(self) -> tuple[int | None, str]:
+    """The newest whole checkpoint of this run, if the run it belongs to is this one, and why it has
+    ended, if it has; refuses to start over damage.
     """
     if self.checkpoints is None:
-      return None
+      return None, ""
     newest = self.checkpoints.newest()
     if newest is not None:
       extra = self.checkpoints.extra(newest)
       resume.check(self.config, extra, self.devices)
-    elif damaged := self.checkpoints.damaged():
+      return newest, resume.ended(self.config, extra, newest)
+    if damaged := self.checkpoints.damaged():
       raise CheckpointError(
         f"{self.checkpoints.directory} holds steps {', '.join(map(str, damaged))} and none of "
         "them is whole; move them away to begin the run anew"
       )
-    return newest
+    return None, ""
 
   def _begin(self, newest: int | None) -> State:
     """The newest checkpoint of this run, else what the configuration loads, else drawn anew."""
@@ -223,10 +225,12 @@ class Run:
     write = Writer(self.program, self.corpus.tokenizer, config.decode, config.data.add_bos)
     return write.again(eval.eval_sample_prompt, eval.eval_sample_length, "eval_sample_length")
 
-  def _beside(self) -> dict[str, Any]:
+  def _beside(self, finished: int) -> dict[str, Any]:
     """What stands in a checkpoint beside the state."""
     self.metrics.flush()  # a checkpoint must not know of steps that the metrics have lost
     facts = resume.facts(self.config, self.devices)
+    if self.evaluate is not None and self.evaluate.at == finished:
+      facts[resume.LOSS] = self.evaluate.last
     return {CONFIG: self.config.resolved(), FACTS: facts, DATA: self.batches.state()}
 
   def _batches(self, source: Callable[..., Batches], rows: int) -> Batches:

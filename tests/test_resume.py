@@ -33,3 +33,15 @@ def test_sigterm_saves_and_the_same_command_goes_on(parent):
 
 def test_a_second_sigterm_ends_at_once_and_costs_no_checkpoint(parent):
   sigterm.second_signal_ends_at_once(parent)
+
+
+def test_a_run_that_reached_its_target_has_ended_until_the_target_is_lowered(parent):
+  run = Run(parent, "target", ("steps=4", "eval_interval=2"))
+  target = "target_eval_loss=100"
+  assert f"{target} is reached after 2 steps" in run.train(target)
+  again = run.start(target)
+  assert f"has reached {target} after 2 steps" in again.ends(0)
+  assert again.steps_completed() == 0
+  lower = run.start("target_eval_loss=0.1")
+  lower.ends(0)
+  assert lower.steps_completed() == 2

@@ -38,6 +38,7 @@ class Evaluate:
   metrics: Metrics
   progress: Progress
   last: float | None = None  # the newest average loss
+  at: int = -1  # the number of finished steps that it belongs to
 
   def due(self, finished: int) -> bool:
     interval = self.section.eval_interval
@@ -49,7 +50,7 @@ class Evaluate:
       entropy = jax.device_get(reduce(add, sums))
       sample = self.write(state.params) if self.write is not None else ""
     scalars = eval_scalars(entropy.total, entropy.weight)
-    self.last = scalars["eval/avg_loss"]
+    self.last, self.at = scalars["eval/avg_loss"], finished
     log.info(format_eval(finished - 1, scalars))
     self.metrics.scalars(finished - 1, scalars)
     if sample:
@@ -63,13 +64,13 @@ class Evaluate:
 
 @dataclasses.dataclass
 class Save:
-  """Every `checkpoint_period` steps: the state, and beside it whatever `beside` says at that
-  moment.
+  """Every `checkpoint_period` steps: the state, and beside it what `beside` says after so many
+  steps.
   """
 
   checkpoints: Checkpoints
   period: int
-  beside: Callable[[], dict[str, Any]]
+  beside: Callable[[int], dict[str, Any]]
   saved: int = -1  # the newest step that was given to be saved
   waited: float = 0.0
 
@@ -79,7 +80,7 @@ class Save:
   def __call__(self, finished: int, state: State) -> bool:
     if finished != self.saved:
       begun = time.monotonic()
-      self.checkpoints.save(finished, tree(state), self.beside(), force=True)
+      self.checkpoints.save(finished, tree(state), self.beside(finished), force=True)
       self.saved = finished
       self.waited += time.monotonic() - begun
     return False
