@@ -34,11 +34,19 @@ def read(path: str, text_column: str) -> list[Document]:
   """The documents of a file, folder or glob, in the order of their paths.
 
   A .jsonl file holds a document a line, in the field `text_column`; any other file is one document.
-  Raises DataError, naming file and line, for what is missing, unreadable, empty or not UTF-8.
+  Empty files among others, as an __init__.py, are left out. Raises DataError, naming file and line,
+  for what is missing, unreadable or not UTF-8, or empty where it is all there is.
   """
   documents: list[Document] = []
-  for file in _files(os.path.expanduser(path)):
-    documents.extend(_documents(file, text_column))
+  files, empty = _files(os.path.expanduser(path)), 0
+  for file in files:
+    found = list(_documents(file, text_column, alone=len(files) == 1))
+    documents.extend(found)
+    empty += not found
+  if not documents:
+    raise DataError(f"dataset_path={path}: all {empty} files there are empty; name others")
+  if empty:
+    log.info("%s: %d empty files are left out", path, empty)
   return documents
 
 
@@ -75,7 +83,7 @@ def _walk(folder: str) -> Iterator[Path]:
     yield from (Path(here, name) for name in names if not name.startswith("."))
 
 
-def _documents(file: Path, text_column: str) -> Iterator[Document]:
+def _documents(file: Path, text_column: str, alone: bool) -> Iterator[Document]:
   try:
     content = file.read_bytes()
   except OSError as error:
@@ -87,7 +95,8 @@ def _documents(file: Path, text_column: str) -> Iterator[Document]:
     bad = f"byte 0x{content[error.start]:02x}"
     raise DataError(f"{file}:{line}: {bad} is not UTF-8; convert the file, as by iconv") from None
   if file.suffix != ".jsonl":
-    yield Document(text, str(file))
+    if alone or text.strip():
+      yield Document(text, str(file))
     return
   if not text.strip():
     raise DataError(f"{file}: the file is empty; put a JSON object on each line")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from maxtext.data import documents
 from maxtext.data.documents import Document, hold_out
 from maxtext.errors import DataError
+from maxtext.log import log
 
 
 def texts(path):
@@ -82,6 +83,18 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, name):
   assert str(tmp_path) in str(caught.value)
   assert message in str(caught.value)
   assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+def test_empty_files_among_others_are_left_out_and_counted(tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(log, "propagate", True)
+  for name in ("__init__.py", "sub.py"):
+    (tmp_path / name).write_text("\n")
+  with pytest.raises(DataError, match="all 2 files there are empty"):
+    texts(tmp_path)
+  (tmp_path / "code.py").write_text("x = 1\n")
+  with caplog.at_level("INFO", "maxtext"):
+    assert texts(tmp_path) == ["x = 1\n"]
+  assert f"{tmp_path}: 2 empty files are left out" in caplog.messages
 
 
 def test_a_path_that_holds_nothing_is_named(tmp_path):
