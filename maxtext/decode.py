@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from maxtext import config as configs
 from maxtext import hardware, resume
 from maxtext import log as logs
+from maxtext.checkpoints import hub
 from maxtext.checkpoints.folder import locate, read_extra
 from maxtext.config import Config
-from maxtext.config.sources import ENVIRONMENT
 from maxtext.data.sections import Data
 from maxtext.errors import CheckpointError, ConfigError, DataError, run_cli
 from maxtext.log import log
@@ -30,8 +30,9 @@ USAGE = """\
 usage: python -m decode RUN_OR_CONFIG prompt="..." [key=value ...]
 
 Continues a text with the newest checkpoint of a run. RUN_OR_CONFIG is the run's folder, its
-checkpoints folder or one checkpoint in it, or a configuration that sets run_name. The text goes to
-standard output, everything else to standard error.
+checkpoints folder or one checkpoint in it, or a configuration that sets run_name; or the folder of
+a model of the Hugging Face hub. The text goes to standard output, everything else to standard
+error.
   python -m decode runs/mine prompt="Once upon a time" decode_length=100
   python -m decode runs/mine prompts_file=prompts.txt decode_sampling_strategy=nucleus decode_seed=7
   python -m maxtext.explain decode_sampling_strategy     what a key means
@@ -52,7 +53,8 @@ def main(argv: list[str]) -> int:
     return 0 if argv else 2
   with logs.above(lambda line: print(line, file=sys.stderr, flush=True)):
     folder, words = _run(argv)
-    config = configs.load(words, purpose="decode")
+    adopts = folder is not None and hub.is_model(folder)
+    config = _adopted(folder, words) if adopts else configs.load(words, purpose="decode")
     folder = folder or _folder(config)
     prompts = _prompts(config)
     hardware.prepare(config.run)
@@ -66,10 +68,20 @@ def cli() -> NoReturn:
   run_cli(main)
 
 
+def _adopted(folder: Path | None, words: list[str]) -> Config:
+  """The configuration of a model of the Hugging Face hub. Raises UserError."""
+  from maxtext.adoption import adopted
+
+  assert folder is not None
+  return adopted(folder.absolute(), words)
+
+
 def _run(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
   """The folder that is named, if one is, and the arguments with its config.yml in its place."""
   for i, word in enumerate(argv):
     folder = Path(word).expanduser()
+    if hub.is_model(folder):
+      return folder, [*argv[:i], *argv[i + 1 :]]
     if folder.is_dir():
       return folder, [*argv[:i], str(_file(folder, "config.yml")), *argv[i + 1 :]]
   return None, list(argv)
@@ -121,33 +133,67 @@ def _prompts(config: Config) -> list[str]:
 def _write(config: Config, folder: Path, prompts: list[str]) -> None:
   """Load the model, then print each prompt with what comes after it. Raises UserError."""
   with ThreadPoolExecutor(1) as background:
-    found = background.submit(locate, folder)  # checks every byte of it, while jax is imported
-    from maxtext.checkpoints.manager import read_parameters
+    found = background.submit(
+      _source, config, folder
+    )  # checks every byte of it, while jax is imported
+    from maxtext.program import build_to_decode
     from maxtext.serve.writer import Writer, chat_of
 
-    step_folder, manifest = found.result()
-  saved = read_extra(step_folder, manifest)
-  resume.check_model(config, saved)
-  digest = saved.get("data", {}).get("tokenizer")
-  tokenizer, vocabulary = _tokenizer(config.data, folder, digest)
+    source = found.result()
+  tokenizer, vocabulary = _tokenizer(config.data, folder, source.digest)
   if chat := chat_of(tokenizer, config.decode):
     for prompt in prompts:
       chat(prompt)  # a template may refuse: before a device is asked for
-  program = _program(config, vocabulary)
+  program = build_to_decode(config, vocabulary)
   writer = Writer(program, tokenizer, config.decode, config.data.add_bos)
   groups, length = _groups(prompts), config.decode.decode_length
-  longest, trained = writer.check(prompts, length), config.training.max_target_length
+  longest, trained = writer.check(prompts, length), _trained(config)
   with ThreadPoolExecutor(1) as background:
     compiling = background.submit(writer.compile, program.state.params, groups[0], length)
-    params = read_parameters(step_folder, manifest, program.state.params)
+    params = source.read(program)
     compiling.result()
-  log.info(f"step {manifest.step - 1} of {folder}, on {_devices(program)}")
+  log.info(f"{source.name}, on {_devices(program)}")
   if longest > trained:
     log.info(f"a text has up to {longest} tokens; the model has seen {trained} at once in training")
   begun = time.monotonic()
   count = _print(writer, params, groups, length)
   took = time.monotonic() - begun
   log.info(f"{count} tokens in {took:.1f} s, {count / took:.0f} tokens/s")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where parameters come from; `digest` is the tokenizer's that they have learned, if it is known."""
+
+  name: str
+  digest: str | None
+  read: Callable[[Program], Params]
+
+
+def _source(config: Config, folder: Path) -> Source:
+  """Of a run's newest checkpoint, or of a model of the hub. Raises CheckpointError, also where the
+  checkpoint's model is not that of the configuration.
+  """
+  if hub.is_model(folder):
+    from maxtext.checkpoints.hub.loading import load
+    from maxtext.checkpoints.hub.model import open_model
+
+    model = open_model(folder)
+    read = lambda program: load(model, program.state.params, program.stages)
+    return Source(f"the {model.family.model_type} model {folder}", None, read)
+  step, manifest = locate(folder)
+  from maxtext.checkpoints.manager import read_parameters
+
+  saved = read_extra(step, manifest)
+  resume.check_model(config, saved)
+  digest = saved.get("data", {}).get("tokenizer")
+  read = lambda program: read_parameters(step, manifest, program.state.params)
+  return Source(f"step {manifest.step - 1} of {folder}", digest, read)
+
+
+def _trained(config: Config) -> int:
+  """How many tokens the model has seen at once."""
+  return config.architecture.max_position_embeddings or config.training.max_target_length
 
 
 def _tokenizer(data: Data, folder: Path, digest: str | None) -> tuple[Tokenizer, int]:
@@ -181,23 +227,6 @@ def _tokenizer(data: Data, folder: Path, digest: str | None) -> tuple[Tokenizer,
     )
     raise DataError(f"{file}: {problem}")
   return tokenizer, tokenizer.vocab_size
-
-
-def _program(config: Config, vocabulary: int) -> Program:
-  """The model on a mesh of its own: that of training suits neither a few rows nor other devices.
-
-  Mesh sizes that were typed for this command or stand in the environment are obeyed.
-  Raises ConfigError.
-  """
-  from maxtext import program
-
-  devices, mesh = program.find_devices(config.run), config.mesh
-  sizes = [key for key in vars(mesh) if key.endswith("_parallelism") or key == "num_slices"]
-  if not any(config.sources[key].level >= ENVIRONMENT for key in sizes):
-    own: dict[str, Any] = dict.fromkeys(sizes, 1) | {"ici_fsdp_parallelism": -1}
-    mesh = dataclasses.replace(mesh, **own)
-    devices = devices[:1] if devices[0].platform == "cpu" else devices
-  return program.build(dataclasses.replace(config, mesh=mesh), devices, vocabulary)
 
 
 def _devices(program: Program) -> str:

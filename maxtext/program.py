@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from maxtext import kernels, sharding
 from maxtext.config import Config
 from maxtext.config.run import Run
+from maxtext.config.sources import ENVIRONMENT
 from maxtext.errors import ConfigError
 from maxtext.kernels.context import balanced_order
 from maxtext.layers.decoder import Decoder
@@ -54,6 +56,11 @@ class Program:
   schedule: optax.Schedule
   optimizer: optax.GradientTransformation
   balanced: bool = False  # whether the tokens of a row are spread for causal attention
+
+  @property
+  def stages(self) -> list[tuple[int, int]]:
+    """(blocks, repeats) of each stage, by which layers are numbered elsewhere."""
+    return stages(self.spec)
 
   @functools.cached_property
   def state(self) -> State:
@@ -141,7 +148,6 @@ def build(
       "vocab_size",
       f"{spec.vocab} rows are fewer than the tokenizer's {vocabulary} tokens; use null",
     )
-  plan = Plan.of(functools.partial(Decoder, spec, _compute(config), config.memory))
   schedule = make_schedule(config.optimizer, config.training.steps)
   balanced = layout.ways(sharding.LENGTH) > 1 and config.kernel.balances
   tiles = _tiles(config, layout, spec)
@@ -149,7 +155,7 @@ def build(
     config=config,
     layout=layout,
     spec=spec,
-    plan=plan,
+    plan=plan(config, spec),
     objective=NextToken(config.training.z_loss_multiplier, tiles, ordered=not balanced),
     schedule=schedule,
     optimizer=make_optimizer(config.optimizer, schedule),
@@ -169,6 +175,30 @@ def _spread(batch: Batch, layout: sharding.Layout) -> Batch:
     return sharding.constrain(x, "activation_batch", sharding.LENGTH)
 
   return {name: spread(x) for name, x in batch.items()}
+
+
+def plan(config: Config, spec: DecoderSpec) -> Plan:
+  """The model without its parameters, whatever the devices."""
+  return Plan.of(functools.partial(Decoder, spec, _compute(config), config.memory))
+
+
+def stages(spec: DecoderSpec) -> list[tuple[int, int]]:
+  """(blocks, repeats) of each stage."""
+  return [(len(stage.blocks), stage.repeat) for stage in spec.stages]
+
+
+def build_to_decode(config: Config, vocabulary: int = 0) -> Program:
+  """As `build`, on a mesh of its own: that of training suits neither a few rows nor other devices.
+
+  Mesh sizes that were typed for this command or stand in the environment are obeyed.
+  """
+  devices, mesh = find_devices(config.run), config.mesh
+  sizes = [key for key in vars(mesh) if key.endswith("_parallelism") or key == "num_slices"]
+  if not any(config.sources[key].level >= ENVIRONMENT for key in sizes):
+    own: dict[str, Any] = dict.fromkeys(sizes, 1) | {"ici_fsdp_parallelism": -1}
+    mesh = dataclasses.replace(mesh, **own)
+    devices = devices[:1] if devices[0].platform == "cpu" else devices
+  return build(dataclasses.replace(config, mesh=mesh), devices, vocabulary)
 
 
 def find_devices(run: Run) -> list[jax.Device]:

@@ -15,6 +15,9 @@ import jax
 
 from maxtext import estimate, program, resume, sharding
 from maxtext import log as logs
+from maxtext.checkpoints import hub
+from maxtext.checkpoints.hub.loading import load
+from maxtext.checkpoints.hub.model import open_model
 from maxtext.checkpoints.manager import Checkpoints, preload, restore_parameters, restore_state
 from maxtext.config import Config, check_devices
 from maxtext.config.tokenizer import check_vocabulary, placed
@@ -164,6 +167,9 @@ class Run:
     newest = self.checkpoints.newest()
     if newest is not None:
       extra = self.checkpoints.extra(newest)
+      if FACTS not in extra:
+        problem = "was converted, and no run has saved it; name it by load_parameters_path instead"
+        raise CheckpointError(f"{self.checkpoints.directory}/{newest} {problem}")
       resume.check(self.config, extra, self.devices)
       return newest, resume.ended(self.config, extra, newest)
     if damaged := self.checkpoints.damaged():
@@ -187,10 +193,17 @@ class Run:
       log.info(f"starting from {section.load_full_state_path}, after step {int(state.step) - 1}")
       return state
     if section.load_parameters_path:
-      params = restore_parameters(section.load_parameters_path, like.params)
+      params = self._parameters(section.load_parameters_path)
       log.info(f"starting with the parameters of {section.load_parameters_path}")
       return self.program.begin(params)
     return self.program.init()
+
+  def _parameters(self, path: str) -> Params:
+    """Those of a checkpoint, or of a model of the Hugging Face hub."""
+    like = self.program.state.params
+    if hub.is_model(path):
+      return load(open_model(path), like, self.program.stages)
+    return restore_parameters(path, like)
 
   def _histograms(self) -> Histograms | None:
     section = self.config.observe

@@ -25,12 +25,15 @@ LEVELS = (  # a module imports from levels above its own in this list, and from 
   ("objectives", "data", "checkpoints", "quantize", "lora"),
   ("training", "serve"),
   ("config",),
-  ("program", "estimate", "hardware", "signals", "resume"),
-  ("trainer",),
-  ("train", "decode", "compile", "convert", "launch", "explain", "inspect"),
+  ("program", "estimate", "hardware", "signals", "resume", "adoption"),
+  ("trainer", "conversion"),
+  ("train", "decode", "compile", "launch", "explain", "inspect"),
+  ("convert",),  # offers another entry point's work as one of its commands
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-ENTRY_POINTS = LEVELS[-1]
+ENTRY_POINTS = {*LEVELS[-1], *LEVELS[-2]}
+# Its name is given; it assembles a whole program, as those above the assembly do.
+RAISED = {("checkpoints", "convert"): LEVEL["trainer"]}
 
 FAMILIES = re.compile(
   r"llama|gemma|gpt|qwen|mi[sx]tral|deepseek|olmo|falcon|granite|\bphi-?\d|\bglm", re.IGNORECASE
@@ -57,6 +60,11 @@ class Module:
   @property
   def package(self) -> str:
     return self.parts[0]
+
+  @property
+  def level(self) -> int:
+    """On which of LEVELS it stands; -1 for none."""
+    return RAISED.get(self.parts, LEVEL.get(self.package, -1))
 
   @functools.cached_property
   def tree(self) -> ast.Module:
@@ -103,14 +111,14 @@ def unplaced(m: Module) -> Iterator[str]:
 def upward(m: Module) -> Iterator[str]:
   for top, package in m.imports():
     if top == "maxtext" and package not in ("", m.package, "__version__"):
-      if LEVEL.get(package, 99) > LEVEL.get(m.package, -1):
+      if LEVEL.get(package, 99) > m.level:
         yield f"imports {package}, which stands above it"
-      elif LEVEL.get(package) == LEVEL.get(m.package):
+      elif LEVEL.get(package) == m.level:
         yield f"imports {package}, its sibling"
 
 
 def config_below(m: Module) -> Iterator[str]:
-  if LEVEL.get(m.package, 99) < LEVEL["config"]:
+  if 0 <= m.level < LEVEL["config"]:
     for node in ast.walk(m.tree):
       if isinstance(node, ast.Name | ast.Attribute | ast.Constant):
         name = getattr(node, "id", getattr(node, "attr", getattr(node, "value", "")))

@@ -220,9 +220,24 @@ def restore_parameters(path: str | Path, target_params: Any) -> Any:
 
 
 def read_parameters(folder: Path, manifest: Manifest, target_params: Any) -> Any:
-  """As restore_parameters, of a step that `locate` has found."""
+  """As restore_parameters, of a step that `locate` has found.
+
+  They are rounded to the target's dtypes if they have others, which a line says.
+  """
   params = tuple(array for array in manifest.arrays if array.path.startswith("params/"))
-  return _restore(folder, params, {"params": target_params})["params"]
+  kinds = {array.path: array.dtype for array in params}
+
+  def saved(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    name = f"params/{jax.tree_util.keystr(path, simple=True, separator='/')}"
+    return like.update(dtype=kinds.get(name, like.dtype))
+
+  there = jax.tree_util.tree_map_with_path(saved, target_params)
+  found = _restore(folder, params, {"params": there})["params"]
+  pairs = zip(jax.tree.leaves(there), jax.tree.leaves(target_params), strict=True)
+  changes = {f"{a.dtype} as {b.dtype}" for a, b in pairs if a.dtype != b.dtype}
+  if changes:
+    log.info(f"{folder}: taking {', '.join(sorted(changes))}")
+  return jax.tree.map(lambda x, like: x.astype(like.dtype), found, target_params)
 
 
 def _restore(folder: Path, arrays: tuple[Array, ...], target: Any) -> Any:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+  import numpy as np
 
 Shapes = Mapping[str, tuple[int, ...]]
+Index = int | tuple[int, ...]  # of the leading axes of an array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Slot:
   name: str
   form: str
   axis: int
-  parts: tuple[tuple[str, int | None, tuple[int, ...]], ...]
+  parts: tuple[tuple[str, Index | None, tuple[int, ...]], ...]
   whole: str = ""
 
   @property
@@ -62,6 +65,8 @@ class Slot:
 
   def join(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
     """Our layers' parameters, in the order of `parts` -> the tensor."""
+    import numpy as np  # which a configuration, that reads only names, need not wait for
+
     made = [applied(array, self.form) for array in arrays]
     return applied(made[0] if len(made) == 1 else np.concatenate(made, self.axis), self.whole)
 
@@ -69,9 +74,11 @@ class Slot:
     """The tensor -> our layers' parameters, in the order of `parts`."""
     sizes = [formed(shape, self.form) for _, _, shape in self.parts]
     tensor = undone(tensor, self.whole, self._joined)
-    pieces = [tensor]
-    if len(sizes) > 1:
-      pieces = np.split(tensor, np.cumsum([size[self.axis] for size in sizes])[:-1], self.axis)
+    pieces, begin = [], 0
+    for size in sizes:
+      end = begin + size[self.axis] if size else 0
+      pieces.append(tensor[(slice(None),) * self.axis + (slice(begin, end),)] if size else tensor)
+      begin = end
     return [undone(piece, self.form, part[2]) for piece, part in zip(pieces, self.parts)]
 
 

@@ -25,14 +25,18 @@ from maxtext.errors import ConfigErrors, closest
 
 
 def load(
-  argv: Sequence[str], environ: Mapping[str, str] = os.environ, purpose: Purpose = "train"
+  argv: Sequence[str],
+  environ: Mapping[str, str] = os.environ,
+  purpose: Purpose = "train",
+  model: Path | None = None,
 ) -> Config:
-  """The configuration of `[config.yml] [key=value ...]`.
+  """The configuration of `[config.yml] [key=value ...]`, for a `model` of the Hugging Face hub if
+  its folder is given; to train, load_parameters_path may name it.
 
   To decode, what only training reads (data, batches) need not be there. Raises ConfigErrors.
   """
   found: list[Complaint] = [*_of_flags(environ)]
-  name, history = trace(argv, environ, found.append)
+  name, history = trace(argv, environ, found.append, purpose, model)
   values, failed = typed(history, found.append)
   block = _block(values, history, found.append)
   values["run_name"] = values["run_name"] or _generated_name(name)
@@ -47,12 +51,16 @@ def load(
 
 
 def trace(
-  argv: Sequence[str], environ: Mapping[str, str], complain: Complain
+  argv: Sequence[str],
+  environ: Mapping[str, str],
+  complain: Complain,
+  purpose: Purpose = "train",
+  model: Path | None = None,
 ) -> tuple[str | None, dict[str, tuple[Setting, ...]]]:
   """The named file, and per key every place that sets it, in ascending precedence."""
   name, settings = arguments.split(argv, complain)
   history: dict[str, tuple[Setting, ...]] = {}
-  for setting in sources.gather(name, settings, environ, complain):
+  for setting in sources.gather(name, settings, environ, complain, purpose == "train", model):
     history[setting.key] = (*history.get(setting.key, ()), setting)
   return name, history
 

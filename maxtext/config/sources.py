@@ -1,6 +1,7 @@
 """Every place that sets a key, from the lowest precedence to the highest.
 
 base.yml < presets < base_config chain < the run's file < environment M_<KEY> < key=value.
+A model of the Hugging Face hub has the architecture that its config.json says, and no other.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from maxtext.checkpoints import hub
 from maxtext.config import complaints, documents
 from maxtext.config.complaints import Complain, Complaint, Lost
 from maxtext.config.documents import EMPTY, Node
 from maxtext.config.sections import SECTION_OF, SECTIONS, hint_of
-from maxtext.config.values import Unfit, brief, coerce, shown, takes_text, written
-from maxtext.errors import closest
+from maxtext.config.values import Unfit, brief, coerce, render, shown, takes_text, written
+from maxtext.errors import CheckpointError, closest
 
 SPELLINGS = {"pattern": "layer_pattern"}  # other names that keys have
 BASE, PRESET, CHAIN = 0, 1, 2  # precedence; the files of a chain count up from here
@@ -48,15 +50,23 @@ File = tuple[Path, Node]
 
 
 def gather(
-  name: str | None, typed: Iterable[Setting], environ: Mapping[str, str], complain: Complain
+  name: str | None,
+  typed: Iterable[Setting],
+  environ: Mapping[str, str],
+  complain: Complain,
+  loads: bool = True,
+  model: Path | None = None,
 ) -> list[Setting]:
-  """All settings in ascending precedence, given the run's file and what the command line sets."""
+  """All settings in ascending precedence, given the run's file and what the command line sets, and
+  the folder of a `model` of the Hugging Face hub, which load_parameters_path names if it `loads`.
+  """
   files = _chain(name, complain) if name else []
   own = [s for i, file in enumerate(files) for s in _of_file(file, CHAIN + i, complain)]
   own = _known([*own, *_of_environment(environ), *typed], complain)
   _refuse_contradictions(own, complain)
-  presets = [s for key in PRESETS for s in _of_preset(key, own, complain)]
-  return [*defaults(), *presets, *own]
+  own = [s for key in PRESETS for s in _of_preset(key, own, complain)] + own
+  model = model or (_model(own) if loads else None)
+  return [*defaults(), *(_of_model(model, own, complain) if model else []), *own]
 
 
 @functools.cache
@@ -202,6 +212,37 @@ def _of_preset(key: str, own: list[Setting], complain: Complain) -> list[Setting
     return []
   path = documents.PACKAGED / folder / f"{name}.yml"
   return _known(_of_file((path, read(path, complain)), PRESET, complain), complain)
+
+
+def _model(own: list[Setting]) -> Path | None:
+  """The folder of the hub's model that load_parameters_path names, if it names one."""
+  named = next((s for s in reversed(own) if s.key == "load_parameters_path"), None)
+  if named is None or not isinstance(named.node.value, str) or named.node.null or not named.text:
+    return None
+  folder = Path(named.node.value).expanduser()
+  return folder if hub.is_model(folder) else None
+
+
+def _of_model(folder: Path, own: list[Setting], complain: Complain) -> list[Setting]:
+  """The architecture of a model, of which `own` settings may say nothing else."""
+  file = folder / hub.CONFIG
+  place = documents.shown(file)
+  try:
+    family, config = hub.described(folder)
+    keys, _ = family.keys(config)
+  except CheckpointError as error:
+    complain(Lost(place, "", str(error).removeprefix(f"{hub.CONFIG}: ")))
+    return []
+  settings = {
+    key: Setting(key, key, place, PRESET, value_node(key, render(value)))
+    for key, value in keys.items()
+  }
+  for setting in own:
+    there = settings.get(setting.key)
+    if there is not None and not _same(there, setting):
+      problem = f"{shown(setting.text)} here, but {brief(there.text)} in {place}; leave it away"
+      complain(Complaint(setting.where, setting.typed, problem))
+  return list(settings.values())
 
 
 def _refuse_contradictions(own: list[Setting], complain: Complain) -> None:

@@ -5,11 +5,15 @@ A family is a value of Family, in a file of its kind; a new one is added to FAMI
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from maxtext.checkpoints.hub import deepseek, gemma, gpt2, gpt_neox, llama, llama4, olmo
 from maxtext.checkpoints.hub.family import Family
 from maxtext.checkpoints.hub.parts import Json, Keys
 from maxtext.errors import CheckpointError
 
+CONFIG = "config.json"
 FILES = (llama, gemma, olmo, gpt2, gpt_neox, deepseek, llama4)
 
 # model_type of config.json -> the family
@@ -35,8 +39,38 @@ def keys(config: Json) -> Keys:
 
 
 def families(block: str) -> list[Family]:
-  """Those whose models are of this decoder block."""
-  return [family for family in FAMILIES.values() if family.block == block]
+  """All, those whose models are of this decoder block first."""
+  return sorted(FAMILIES.values(), key=lambda family: family.block != block)
 
 
-__all__ = ["FAMILIES", "Family", "families", "family", "keys"]
+def is_model(path: str | Path) -> bool:
+  """Whether a folder is one of the hub's, by what is in it."""
+  return (Path(path).expanduser() / CONFIG).is_file()
+
+
+def described(path: str | Path) -> tuple[Family, Json]:
+  """The family and the config.json of a folder, of one that sees images too the text part.
+
+  Raises CheckpointError.
+  """
+  file = Path(path).expanduser() / CONFIG
+  try:
+    config = json.loads(file.read_text())
+  except OSError as error:
+    raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+  except ValueError as error:
+    raise CheckpointError(f"{file} cannot be read: it is not JSON ({error})") from None
+  if not isinstance(config, dict):
+    raise CheckpointError(f"{file} cannot be read: it is no mapping")
+  inner = config.get("text_config")
+  if config.get("model_type") not in FAMILIES and isinstance(inner, dict):
+    outer = ("tie_word_embeddings", "torch_dtype", "dtype", "quantization_config")
+    config = {**{key: config[key] for key in outer if key in config}, **inner}
+  if config.get("quantization_config"):
+    kind = dict(config["quantization_config"]).get("quant_method", "of some kind")
+    problem = f"quantization_config ({kind}): quantised weights are not read"
+    raise CheckpointError(f"{file}: {problem}; write the model in bfloat16 first")
+  return family(config), config
+
+
+__all__ = ["CONFIG", "FAMILIES", "Family", "described", "families", "family", "is_model", "keys"]

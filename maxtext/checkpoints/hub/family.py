@@ -29,7 +29,8 @@ INERT = frozenset(
 class Family:
   """`model_type` and `architecture` of the files, `block` of ours, the `table` of their tensors.
 
-  `parts` are the fields of a file, and `defaults` what those are that it leaves out.
+  `parts` are the fields of a file, and `defaults` what those are that it leaves out; `unused` are
+  patterns of the names of tensors that nothing is made of.
   """
 
   model_type: str
@@ -38,6 +39,7 @@ class Family:
   table: tuple[Map, ...]
   parts: tuple[Part, ...]
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  unused: tuple[str, ...] = ()
 
   def keys(self, config: Json) -> tuple[Keys, list[str]]:
     """The architecture keys of a config.json, and the fields of it that nobody has asked for.
