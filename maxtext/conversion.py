@@ -105,7 +105,7 @@ def to_hf(
   spec = config.decoder(arrays["embedding"].shape[0] if "embedding" in arrays else None)
   shapes = {path: each.shape for path, each in program.plan(config, spec).declared.items()}
   _check_arrays(step, arrays, shapes)
-  family, written = named(config, spec)
+  family, written = named(config, spec, extra.get(HUB, {}).get("model_type"))
   wanted = _slots(family, shapes, program.stages(spec))
   kind = np.dtype(DTYPES["F32"] if dtype is None else _dtype(dtype))
   if dtype is None:
@@ -123,8 +123,10 @@ def to_hf(
   log.info(f"{len(wanted)} tensors as {kind}, {size / 1e6:.1f} MB")
 
 
-def named(config: Config, spec: DecoderSpec) -> tuple[Family, dict[str, Any]]:
-  """The family of the hub that computes this, and its config.json.
+def named(
+  config: Config, spec: DecoderSpec, kind: str | None = None
+) -> tuple[Family, dict[str, Any]]:
+  """The family of the hub that computes this, rather one of model_type `kind`; its config.json.
 
   What is written is read again, and has to be the same model. Raises CheckpointError.
   """
@@ -138,7 +140,7 @@ def named(config: Config, spec: DecoderSpec) -> tuple[Family, dict[str, Any]]:
     config, architecture=dataclasses.replace(architecture, dropout_rate=0)
   )
   wanted, reasons = plain.decoder(spec.vocab), []
-  for family in hub.families(architecture.decoder_block):
+  for family in hub.families(architecture.decoder_block, kind):
     try:
       written = family.config(keys)
       back = hub.keys(json.loads(json.dumps(written)))

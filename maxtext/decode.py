@@ -133,9 +133,8 @@ def _prompts(config: Config) -> list[str]:
 def _write(config: Config, folder: Path, prompts: list[str]) -> None:
   """Load the model, then print each prompt with what comes after it. Raises UserError."""
   with ThreadPoolExecutor(1) as background:
-    found = background.submit(
-      _source, config, folder
-    )  # checks every byte of it, while jax is imported
+    # Every byte of a checkpoint is checked, while jax is imported.
+    found = background.submit(_source, config, folder)
     from maxtext.program import build_to_decode
     from maxtext.serve.writer import Writer, chat_of
 
@@ -163,7 +162,7 @@ def _write(config: Config, folder: Path, prompts: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Where parameters come from; `digest` is the tokenizer's that they have learned, if it is known."""
+  """Where parameters come from; `digest` is their tokenizer's, None if nobody has noted it."""
 
   name: str
   digest: str | None

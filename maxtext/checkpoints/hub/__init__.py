@@ -38,9 +38,10 @@ def keys(config: Json) -> Keys:
   return family(config).keys(config)[0]
 
 
-def families(block: str) -> list[Family]:
-  """All, those whose models are of this decoder block first."""
-  return sorted(FAMILIES.values(), key=lambda family: family.block != block)
+def families(block: str, kind: str | None = None) -> list[Family]:
+  """All: that of model_type `kind` first, then those whose models are of this decoder block."""
+  order = lambda family: (family.model_type != kind, family.block != block)
+  return sorted(FAMILIES.values(), key=order)
 
 
 def is_model(path: str | Path) -> bool:

@@ -120,6 +120,8 @@ def read(rope: Json, theta: float, config: Json, part: float | None) -> Keys:
   Rope.share.
   """
   kind = _kind(rope)
+  if kind not in KINDS:
+    raise CheckpointError(f"config.json: rope_type {kind!r} is none of {', '.join(KINDS)}")
   found: Keys = {"rope_max_timescale": rope.get("rope_theta") or theta}
   share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
   if share not in (None, 1) and part is None:
@@ -152,9 +154,7 @@ def read(rope: Json, theta: float, config: Json, part: float | None) -> Keys:
     return found | {"rope_type": "llama3.1"}
   if kind == "yarn":
     return found | {"rope_type": "yarn", "rope_interleave": False} | _yarn(rope, factor)
-  if kind == "dynamic":
-    return found | {"rope_type": "dynamic"}
-  raise CheckpointError(f"config.json: rope_type {kind!r} is none of {', '.join(KINDS)}")
+  return found | {"rope_type": "dynamic"}
 
 
 def written(keys: Keys) -> tuple[float, Json | None]:
