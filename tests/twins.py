@@ -10,9 +10,11 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch = pytest.importorskip("torch")
@@ -20,9 +22,9 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.numpy import load_file  # noqa: E402
 
-from maxtext import config  # noqa: E402
+from maxtext import config, sharding  # noqa: E402
 from maxtext.checkpoints import hub  # noqa: E402
-from maxtext.checkpoints.tables import slots  # noqa: E402
+from maxtext.checkpoints.tables import Slot, slots  # noqa: E402
 from maxtext.config.values import render  # noqa: E402
 from maxtext.layers.decoder import Decoder  # noqa: E402
 from maxtext.layers.merging import Plan  # noqa: E402
@@ -91,10 +93,22 @@ class Ours:
   spec: DecoderSpec
   plan: Plan
   params: dict[str, Any]
+  slots: tuple[Slot, ...]
 
   @property
   def decoder(self) -> Decoder:
     return self.plan.merge(self.params)
+
+  @functools.cached_property
+  def layout(self) -> sharding.Layout:
+    """One device, which holds all."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    rules = dict.fromkeys(config.load([], {}).mesh.logical_axis_rules, ())
+    return sharding.Layout(mesh, sharding.Rules(rules))
+
+  def tensors(self, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What these parameters, or what else has their shapes, are in a file of theirs."""
+    return {slot.name: slot.join(_pieces(slot, params)) for slot in self.slots}
 
 
 def ours(described: Mapping[str, Any], tensors: Weights, **more: Any) -> Ours:
@@ -110,17 +124,20 @@ def ours(described: Mapping[str, Any], tensors: Weights, **more: Any) -> Ours:
   params = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
   left = dict(tensors)
   stages = [(len(stage.blocks), stage.repeat) for stage in spec.stages]
-  for slot in slots(hub.family(described).table, shapes, stages):
+  found = tuple(slots(hub.family(described).table, shapes, stages))
+  for slot in found:
     tensor = left.pop(slot.name)
     assert tensor.shape == slot.shape, slot.name
     for (path, index, _), piece in zip(slot.parts, slot.split(tensor), strict=True):
       params[path][... if index is None else index] = piece
-    parts = [
-      params[path] if index is None else params[path][index] for path, index, _ in slot.parts
-    ]
-    np.testing.assert_array_equal(slot.join(parts), tensor)
+    np.testing.assert_array_equal(slot.join(_pieces(slot, params)), tensor)
   assert not left, sorted(left)
-  return Ours(spec, plan, {path: jnp.asarray(value) for path, value in params.items()})
+  return Ours(spec, plan, {path: jnp.asarray(value) for path, value in params.items()}, found)
+
+
+def _pieces(slot: Slot, params: Mapping[str, Any]) -> list[np.ndarray]:
+  whole = [(np.asarray(params[path]), index) for path, index, _ in slot.parts]
+  return [array if index is None else array[index] for array, index in whole]
 
 
 def random_tokens(rows: int = 2, length: int = LENGTH, seed: int = 0) -> np.ndarray:

@@ -156,8 +156,9 @@ class Architecture:
     }
 
 
-# What block files may ask for besides keys, and the keys that it is made of.
+# What block files may ask for besides keys, and the keys that it is made of, the first of which is
+# the one to change.
 MADE = {
-  "qk_head_dim": {"qk_nope_head_dim", "qk_rope_head_dim"},
-  "latent_mscale": {"mscale", "rope_factor", "rope_type"},
+  "qk_head_dim": ("qk_nope_head_dim", "qk_rope_head_dim"),
+  "latent_mscale": ("mscale", "rope_factor", "rope_type"),
 }

@@ -112,7 +112,7 @@ class _Reading:
     if isinstance(node.value, list):
       return dataclasses.replace(node, value=[self.fill(item) for item in node.value])
     if (key := REFERENCE.fullmatch(node.value)) and key[1] in self.values:
-      return _filled(self.values[key[1]], node.line, key[1])
+      return _filled(self.values[key[1]], node.line, MADE.get(key[1], (key[1],))[0])
     for name in REFERENCE.findall(node.value):
       if name in self.values:
         self._add(node, brief(node.value), "must stand alone; write only ${" + name + "}")

@@ -104,7 +104,7 @@ class AttentionSpec:
         raise ConfigError(name, f"{getattr(self, name)} is not at least 1")
     if self.heads % self.kv_heads:
       raise ConfigError("kv_heads", f"{self.kv_heads} does not divide {self.heads} query heads")
-    if self.rope is not None and self.head_dim % 2:
+    if self.rope is not None and self.latent is None and self.head_dim % 2:
       raise ConfigError("head_dim", f"{self.head_dim} is odd, rotary positions turn pairs")
     if self.rope is not None:
       try:

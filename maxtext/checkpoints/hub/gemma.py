@@ -28,13 +28,12 @@ KINDS = {"sliding_attention": "layer", "full_attention": "full"}
 NEAR = {**KINDS, "sliding_attention": "local"}
 CAUSAL = Only("use_bidirectional_attention", False)
 GELU = "gelu_pytorch_tanh"
-CAPPED = (
+SCALED = (
   *SIZES,
   Act(("hidden_activation",), GELU),
   ATTENTION_BIAS,
   WINDOW,
   CAUSAL,
-  Field("attn_logits_soft_cap", "attn_logit_softcapping", null=None),
   Field("final_logits_soft_cap", "final_logit_softcapping", null=None),
   Field(
     "query_pre_attn_scalar",
@@ -72,7 +71,12 @@ FAMILIES = (
     "Gemma2ForCausalLM",
     "gemma2",
     DENSE_AROUND,
-    (*CAPPED, Layers(("layer", "full"), KINDS), Rope()),
+    (
+      *SCALED,
+      Field("attn_logits_soft_cap", "attn_logit_softcapping", null=None),
+      Layers(("layer", "full"), KINDS),
+      Rope(),
+    ),
     {
       **DEFAULTS,
       "query_pre_attn_scalar": 256,
@@ -86,8 +90,8 @@ FAMILIES = (
     "Gemma3ForCausalLM",
     "gemma3",
     DENSE_AROUND,
-    (
-      *CAPPED,
+    (  # transformers has a field for the cap of scores here too, and does not use it
+      *SCALED,
       Layers((*["local"] * 5, "full"), NEAR, every="sliding_window_pattern"),
       LocalRope(1_000_000.0, 10_000.0, local="rope_local_base_freq"),
     ),

@@ -36,6 +36,25 @@ def _dense(config: Json) -> Keys:
   return {}
 
 
+def _temperature(config: Json) -> Keys:
+  scale, floor = config["attn_scale"], config["floor_scale"]
+  if not config["attn_temperature_tuning"]:
+    return {}
+  return {
+    "temperature_tuning": True,
+    "temperature_tuning_scale": scale,
+    "temperature_tuning_floor_scale": floor,
+  }
+
+
+def _written_temperature(keys: Keys) -> Json:
+  return {
+    "attn_temperature_tuning": keys.get("temperature_tuning", False),
+    "attn_scale": keys.get("temperature_tuning_scale", 0.1),
+    "floor_scale": keys.get("temperature_tuning_floor_scale", 8192),
+  }
+
+
 FAMILIES = (
   Family(
     "llama4_text",
@@ -49,9 +68,7 @@ FAMILIES = (
       ATTENTION_BIAS,
       Field("use_qk_norm", "use_qk_norm"),
       Field("chunk_attn_window_size", "attention_chunk_size", null=None),
-      Field("temperature_tuning", "attn_temperature_tuning"),
-      Field("temperature_tuning_scale", "attn_scale"),
-      Field("temperature_tuning_floor_scale", "floor_scale"),
+      Function(_temperature, _written_temperature),
       NopeLayers("chunked_attention", "chunk_attn_window_size", turning=True),
       Function(_dense, lambda keys: {"moe_layers": []}),
       Rope(500_000.0, fixed=True),

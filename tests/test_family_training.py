@@ -1,0 +1,72 @@
+"""One training step's loss and gradients equal torch's."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from maxtext.objectives.next_token import NextToken
+from tests import twins
+from tests.test_families import CASES
+from tests.twins import LENGTH, torch
+
+NOISE = 1e-4  # of the largest gradient of a tensor: float32 sums in another order
+PADDING = 5  # at the end of the second row
+
+
+def theirs(model, tokens: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
+  """The loss of transformers, and the gradient of every tensor of its files."""
+  labels = torch.tensor(tokens)
+  labels[1, -PADDING:] = -100
+  seen = torch.ones_like(labels)
+  seen[1, -PADDING:] = 0
+  loss = model(torch.tensor(tokens), attention_mask=seen, labels=labels).loss
+  loss.backward()
+  with torch.no_grad():
+    for p in model.parameters():
+      p.copy_(p.grad)
+  return loss.item(), twins.tensors_of(model)
+
+
+def batch_of(tokens: np.ndarray) -> dict[str, np.ndarray]:
+  """What the loader makes of the same rows: targets are one token ahead."""
+  place = np.broadcast_to(np.arange(LENGTH), tokens.shape)
+  segments = np.ones_like(tokens)
+  segments[1, -PADDING:] = 0
+  return {
+    "inputs": tokens[:, :-1],
+    "inputs_position": place[:, :-1],
+    "inputs_segmentation": segments[:, :-1],
+    "targets": tokens[:, 1:],
+    "targets_segmentation": segments[:, 1:],
+  }
+
+
+def check(case: str) -> None:
+  model = twins.twin(*CASES[case])
+  mine = twins.ours(twins.plain(model.config), twins.tensors_of(model))
+  tokens = twins.random_tokens()
+  objective, batch = NextToken(), batch_of(tokens)
+
+  def loss(params):
+    return objective(mine.plan.merge(params), batch)["loss"].value
+
+  found, grads = jax.value_and_grad(loss)(mine.params)
+  right, expected = theirs(model, tokens)
+  assert found == pytest.approx(right, rel=1e-5)
+  mapped = mine.tensors(grads)
+  assert mapped.keys() == expected.keys()
+  for name, grad in expected.items():
+    assert np.abs(mapped[name] - grad).max() < NOISE * np.abs(grad).max(), name
+
+
+@pytest.mark.parametrize("case", ["gemma2"])
+def test_loss_and_gradients_equal_those_of_torch(case):
+  check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case != "gemma2"])
+def test_loss_and_gradients_equal_those_of_torch_in_every_family(case):
+  check(case)
