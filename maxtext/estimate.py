@@ -36,7 +36,7 @@ class Flops:
 
 def forward_flops(spec: DecoderSpec, tokens: int, length: int) -> Flops:
   """One forward pass over `tokens` tokens in causal sequences of `length`."""
-  pairs = sum(_mixing(block, length) for block in spec.blocks)
+  pairs = sum(_mixing(block, length) for block in (*spec.blocks, *_further(spec)))
   return Flops(2.0 * matmul_parameters(spec) * tokens, 2.0 * pairs * tokens / length)
 
 
@@ -79,8 +79,10 @@ def _value_dim(spec: AttentionSpec) -> int:
 
 def matmul_parameters(spec: DecoderSpec) -> int:
   """Those that every token is multiplied by: no bias, norm or lookup, but the unembedding."""
-  blocks = sum(_projections(block, spec.width) for block in spec.blocks)
-  return blocks + spec.width * spec.vocab
+  blocks = sum(_projections(block, spec.width) for block in (*spec.blocks, *_further(spec)))
+  further = len(_further(spec))
+  joint = further * 2 * spec.width**2
+  return blocks + joint + (1 + further) * spec.width * spec.vocab
 
 
 def parameter_count(spec: DecoderSpec) -> int:
@@ -91,9 +93,17 @@ def parameter_count(spec: DecoderSpec) -> int:
     + _biases(block, spec.width)
     + _mixer_norms(block)
     + _block_norms(block) * _norm(block.norm, spec.width)
-    for block in spec.blocks
+    for block in (*spec.blocks, *_further(spec))
   )
-  return tables * spec.width + blocks + _norm(spec.norm, spec.width)
+  joint = len(_further(spec)) * (2 * spec.width**2 + 3 * _norm(spec.norm, spec.width))
+  return tables * spec.width + blocks + joint + _norm(spec.norm, spec.width)
+
+
+def _further(spec: DecoderSpec) -> tuple[BlockSpec, ...]:
+  """The blocks of multi-token prediction, each of which has a projection and three norms besides,
+  and multiplies by the unembedding too.
+  """
+  return () if spec.mtp is None else (spec.mtp.block,) * spec.mtp.layers
 
 
 def _block_norms(block: BlockSpec) -> int:

@@ -150,13 +150,23 @@ def build(
     )
   schedule = make_schedule(config.optimizer, config.training.steps)
   balanced = layout.ways(sharding.LENGTH) > 1 and config.kernel.balances
+  if balanced and (spec.mtp is not None or any(block.delta for block in spec.blocks)):
+    raise ConfigError(
+      "context_parallel_load_balance",
+      "moves tokens, whose order delta nets and multi-token prediction go by; use false",
+    )
   tiles = _tiles(config, layout, spec)
   return Program(
     config=config,
     layout=layout,
     spec=spec,
     plan=plan(config, spec),
-    objective=NextToken(config.training.z_loss_multiplier, tiles, ordered=not balanced),
+    objective=NextToken(
+      config.training.z_loss_multiplier,
+      tiles,
+      ordered=not balanced,
+      mtp=config.training.mtp_loss_scaling_factor,
+    ),
     schedule=schedule,
     optimizer=make_optimizer(config.optimizer, schedule),
     balanced=balanced,

@@ -21,7 +21,14 @@ MODEL = "model"  # the fact that says what the decoder block file made of the si
 
 # Sections of which every key is part of what a run computes, and single keys of others that are.
 _SECTIONS = ("architecture", "precision", "data", "optimizer")
-_KEYS = ("init_weights_seed", "max_target_length", "z_loss_multiplier", "enable_dropout", "steps")
+_KEYS = (
+  "init_weights_seed",
+  "max_target_length",
+  "z_loss_multiplier",
+  "mtp_loss_scaling_factor",
+  "enable_dropout",
+  "steps",
+)
 # Keys of those sections that say how or where, not what.
 _HOW = ("tokenizer_cache_dir",)
 

@@ -24,6 +24,7 @@ LINEAR = (  # what a document's first token reads is divided by its size, be tha
   # at ten times this rate the noise of a step grows tenfold in the next
   *("decoder_block=qwen3_next", "layer_pattern=[linear, layer]", "gdn_num_key_heads=2"),
   *("gdn_num_value_heads=4", "gdn_key_head_dim=8", "gdn_value_head_dim=8", "learning_rate=0.001"),
+  "mtp_num_layers=1",
 )
 SPLIT = ("logical_axis_rules={activation_embed: [tensor]}",)
 MESHES = {  # data, fsdp, fsdp_transpose, tensor
@@ -121,7 +122,7 @@ def test_a_family_with_biases_and_learned_positions_does_too(mesh):
 
 
 @pytest.mark.parametrize("mesh", slow_but("2x2x2", of=[m for m in MESHES if m != "1"]))
-def test_a_family_with_delta_nets_does_too(mesh):
+def test_a_family_with_delta_nets_and_multi_token_prediction_does_too(mesh):
   agree(mesh, keys=LINEAR, reference=LINEAR)
 
 

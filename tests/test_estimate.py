@@ -23,6 +23,7 @@ from maxtext.specs import (
   DecoderSpec,
   DeltaSpec,
   MlpSpec,
+  MtpSpec,
   NormSpec,
   QkNormSpec,
   Stage,
@@ -57,6 +58,7 @@ ODD = DecoderSpec(
     Stage((BlockSpec(AttentionSpec(2, 2, 24), MlpSpec(100), norm=LAYER),)),
     Stage((BlockSpec(mlp=MlpSpec(24, bias=True), delta=DeltaSpec(2, 6, 8, 12, conv=3)),)),
   ),
+  mtp=MtpSpec(2, BlockSpec(NARROW, MlpSpec(80, bias=True), norm=LAYER)),
 )
 
 
@@ -124,6 +126,16 @@ def test_a_delta_net_costs_the_same_for_every_token():
   spec = dataclasses.replace(LLAMA, stages=(Stage((block,), 3),))
   short, long = (estimate.forward_flops(spec, 4096, length) for length in (64, 4096))
   assert short == long and short.attention == 2 * 3 * 4 * 16 * 24 * 4096 * 3
+
+
+def test_each_block_of_multi_token_prediction_costs_a_block_a_projection_and_an_unembedding():
+  block = LLAMA.blocks[-1]
+  more = estimate.forward_flops(dataclasses.replace(LLAMA, mtp=MtpSpec(2, block)), 64, 64)
+  base = estimate.forward_flops(LLAMA, 64, 64)
+  layer = (base.weights / 2 / 64 - LLAMA.width * LLAMA.vocab) / 2
+  each = layer + 2 * LLAMA.width**2 + LLAMA.width * LLAMA.vocab
+  assert more.weights - base.weights == 2 * 2 * each * 64
+  assert more.attention == 2 * base.attention
 
 
 def test_tied_and_untied_unembeddings_cost_the_same():

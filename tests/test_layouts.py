@@ -22,6 +22,11 @@ MODELS = {
   "gqa": ("decoder_block=llama2",),
   "window": ("decoder_block=llama2", "sliding_window_size=5", "attention_sink=true"),
   "learned": ("decoder_block=gpt3", "base_num_kv_heads=4", "trainable_position_size=128"),
+  "linear": (
+    *("decoder_block=qwen3_next", "layer_pattern=[linear, layer]", "gdn_num_key_heads=2"),
+    *("gdn_num_value_heads=4", "gdn_key_head_dim=8", "gdn_value_head_dim=8", "mtp_num_layers=1"),
+    "learning_rate=0.0005",  # see test_equivalence
+  ),
 }
 
 
@@ -105,6 +110,7 @@ CASES = [
   pytest.param(layout, model, marks=() if FAST.get(layout) == model else pytest.mark.slow)
   for layout in LAYOUTS
   for model in MODELS
+  if model != "linear" or PLAIN in LAYOUTS[layout] or ULYSSES in LAYOUTS[layout]
 ]
 
 

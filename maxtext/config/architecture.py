@@ -22,6 +22,7 @@ class Architecture:
   base_mlp_dim: Count
   base_num_decoder_layers: Count
   layer_pattern: tuple[str, ...]
+  mtp_num_layers: Whole
   blocks: Mapping[str, Any]
   mlp_activations: tuple[Activation, ...]
   mlp_bias: bool

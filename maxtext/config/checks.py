@@ -34,6 +34,12 @@ class Need:
 
 NEEDS = (
   Need(
+    ("mtp_loss_scaling_factor",),
+    "mtp_num_layers above 0",
+    "mtp_num_layers",
+    lambda c: c.architecture.mtp_num_layers > 0,
+  ),
+  Need(
     ("adam_b1", "adam_b2", "adam_eps", "adam_weight_decay", "adamw_mask", "mu_dtype"),
     "opt_type=adamw",
     "opt_type",

@@ -24,7 +24,7 @@ from maxtext.config.architecture import MADE, Architecture
 from maxtext.config.documents import EMPTY, Node
 from maxtext.config.values import Unfit, brief, coerce, render, shown, words
 from maxtext.errors import ConfigError, closest
-from maxtext.specs import BlockSpec, DecoderSpec, staged
+from maxtext.specs import BlockSpec, DecoderSpec, MtpSpec, staged
 
 ELSEWHERE = {  # keys that take effect whatever the block file says
   "decoder_block",
@@ -78,6 +78,8 @@ def spec(
   names = names if own else reading.exchanged(names, instead, blocks)
   built = [block for name in names if (block := blocks.get(name)) is not None]
   ready = {"vocab": vocabulary, "stages": staged(built) if built else ()}
+  further = reading.further(root.pop("mtp", Node("0")))
+  ready["mtp"] = MtpSpec(further, built[-1]) if further and built else None
   made = reading.build(DecoderSpec, Node(root), "", ready)
   return (None if reading.problems else made), reading.problems
 
@@ -184,6 +186,13 @@ class _Reading:
         layers = layers[: max(number, 0)]
       names = [new.get(name, name) if i in layers else name for i, name in enumerate(names)]
     return names
+
+  def further(self, node: Node) -> int:
+    """How many blocks, like the last layer's, predict tokens further ahead."""
+    number = self._value(int, node, "mtp") or 0
+    if number < 0:
+      self._add(node, "mtp", f"{number} is not at least 0 (0: no multi-token prediction)")
+    return max(number, 0)
 
   def build(
     self, cls: type, node: Node, path: str, ready: Mapping[str, Any] = types.MappingProxyType({})

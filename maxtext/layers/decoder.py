@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maxtext.layers.ahead import Ahead
 from maxtext.layers.blocks import drop
 from maxtext.layers.norms import make_norm
 from maxtext.layers.params import Compute, dot, lookup, param
 from maxtext.layers.sections import Memory
-from maxtext.layers.stacking import Stack
+from maxtext.layers.stacking import Stack, remat
 from maxtext.masks import Mask
 from maxtext.sharding import constrain
 from maxtext.specs import DecoderSpec
@@ -23,7 +25,7 @@ class Decoder(nnx.Module):
 
   def __init__(self, spec: DecoderSpec, compute: Compute, memory: Memory, rngs: nnx.Rngs):
     small, dtype = jax.nn.initializers.normal(0.02), compute.weight_dtype
-    self.spec, self.compute = spec, compute
+    self.spec, self.compute, self.memory = spec, compute, memory
     self.embedding = param(rngs, small, dtype, vocab=spec.vocab, embed=spec.width)
     self.positions = (
       param(rngs, small, dtype, position=spec.positions, embed=spec.width)
@@ -35,6 +37,10 @@ class Decoder(nnx.Module):
     unembed = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
     self.unembedding = (
       None if spec.tied else param(rngs, unembed, dtype, embed=spec.width, vocab=spec.vocab)
+    )
+
+    self.mtp = spec.mtp and nnx.List(
+      Ahead(spec.mtp.block, spec.norm, spec.width, compute, rngs) for _ in range(spec.mtp.layers)
     )
 
   def __call__(self, tokens: jax.Array, mask: Mask) -> jax.Array:
@@ -61,6 +67,24 @@ class Decoder(nnx.Module):
       x, cache = stage(x, mask, cache, None if key is None else jax.random.fold_in(key, i))
       out.append(cache)
     return self.norm(x), None if caches is None else tuple(out)
+
+  def ahead(
+    self, x: jax.Array, later: Iterable[jax.Array], mask: Mask, key: jax.Array | None = None
+  ) -> Iterator[jax.Array]:
+    """The normalised last layer [b t d] -> that of each block of multi-token prediction.
+
+    `later` are the tokens [b t] that stand one, two ... after each token; block k predicts the one
+    after the k-th. At a document's end they may be any.
+    """
+    for i, (block, tokens) in enumerate(zip(self.mtp or (), later)):
+      graph, weights = nnx.split(block)
+
+      def run(weights: Any, x: jax.Array, seen: jax.Array, key: Any, graph: Any = graph) -> Any:
+        return nnx.merge(graph, weights).ahead(x, seen, mask, key)
+
+      own = None if key is None else jax.random.fold_in(key, len(self.stages) + 1 + i)
+      x, out = remat(run, self.memory)(weights, x, self.embed(tokens), own)
+      yield out
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """tokens [b t] -> their scaled embeddings [b t d]."""

@@ -20,7 +20,7 @@ from maxtext.masks import Mask
 from maxtext.sharding import constrain
 from maxtext.specs import DeltaSpec, NormSpec
 
-HEADS = ("activation_batch", "activation_length", "activation_kv_heads", None)
+HEADS = ("activation_batch", None, "activation_kv_heads", None)  # all of a row: it goes in order
 STATE = ("activation_batch", "activation_kv_heads", None, None, None)
 
 
@@ -96,7 +96,7 @@ class DeltaNet(nnx.Module):
     y = self.norm(checkpoint_name(y, OUT))
     y = y * jax.nn.silu(gate.astype(jnp.float32)).reshape(y.shape)
     y = y.astype(x.dtype).reshape(b, t, spec.value_heads, spec.value_dim)
-    y = constrain(y, "activation_batch", "activation_length", "activation_heads", "activation_kv")
+    y = constrain(y, "activation_batch", None, "activation_heads", "activation_kv")
     return checkpoint_name(self.out(y), "out_proj"), cache
 
   def _before(self, rows: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -71,7 +71,7 @@ class Stack(nnx.Module):
           caches = (*caches[:i], cache.at(None), *caches[i + 1 :])
       return (x, caches), None
 
-    body = _remat(body, self.memory)
+    body = remat(body, self.memory)
     carry, parts = (x, caches), (weights, layers, keys)
     if self.memory.scan_layers:
       return lax.scan(body, carry, parts)[0]
@@ -87,7 +87,8 @@ def _one_layer(p: nnx.Param) -> nnx.Param:
   return p
 
 
-def _remat(body: Callable, memory: Memory) -> Callable:
+def remat(body: Callable, memory: Memory) -> Callable:
+  """The same function, of which the backward pass computes again what the policy does not keep."""
   if memory.remat_policy == "none":
     return body
   policy = jax.checkpoint_policies.save_only_these_names(*SAVED[memory.remat_policy])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +23,18 @@ class NextToken:
 
   Rows hold documents one after the other, each in one piece and in order, unless not `ordered`.
   `z_loss` weighs the z-loss of PaLM (Chowdhery et al. 2022, section 5), `tiles` cuts the logits.
+  Where the model predicts several tokens ahead, the mean of those cross entropies weighs `mtp`.
   """
 
   z_loss: float = 0.0
   tiles: int = 1
   ordered: bool = True
+  mtp: float = 0.0
 
   def __call__(self, model: Decoder, batch: Batch, key: jax.Array | None = None) -> dict[str, Mean]:
     mask = Mask.of(batch["inputs_position"], batch["inputs_segmentation"], ordered=self.ordered)
-    x, _ = model.hidden(batch["inputs"], mask, key=key)
+    keys = (None, None) if key is None else (key, jax.random.fold_in(key, 1))
+    x, _ = model.hidden(batch["inputs"], mask, key=keys[0])
     equation, p = model.head()
     compute = model.compute
     head = Head(
@@ -46,4 +50,35 @@ class NextToken:
     weights = (batch["targets_segmentation"] != 0).astype(jnp.float32)
     loss, entropy, z = cross_entropy(head, x, p[...], batch["targets"], weights)
     count = weights.sum()
-    return {"loss": Mean(loss, count), "lm_loss": Mean(entropy, count), "z_loss": Mean(z, count)}
+    found = {"lm_loss": Mean(entropy, count), "z_loss": Mean(z, count)}
+    if (further := model.spec.mtp) is not None:
+      plain = dataclasses.replace(head, z_loss=0.0)
+      more = self.mtp / further.layers * self._further(model, plain, x, mask, batch, keys[1])
+      loss, found["mtp_loss"] = loss + more, Mean(jax.lax.stop_gradient(more), count)
+    return {"loss": Mean(loss, count), **found}
+
+  @staticmethod
+  def _further(
+    model: Decoder,
+    head: Head,
+    x: jax.Array,
+    mask: Mask,
+    batch: Batch,
+    key: jax.Array | None,
+  ) -> jax.Array:
+    """The sum over blocks and tokens of what multi-token prediction loses. As in the paper, a
+    block's mean is over all targets, also those at a document's end that it has nothing to say of.
+    """
+    (_, p), total = model.head(), jnp.zeros((), jnp.float32)
+    later = (ahead(batch["targets"], i) for i in itertools.count())
+    for i, y in enumerate(model.ahead(x, later, mask, key), 1):
+      same = ahead(batch["inputs_segmentation"], i) == batch["inputs_segmentation"]
+      there = same & (ahead(batch["targets_segmentation"], i) != 0)
+      weights = there.astype(jnp.float32)
+      total += cross_entropy(head, y, p[...], ahead(batch["targets"], i), weights)[0]
+    return total
+
+
+def ahead(column: jax.Array, by: int) -> jax.Array:
+  """column [b t] -> [b t]: what stands so many tokens later, 0 beyond the end."""
+  return jnp.pad(column[:, by:], [(0, 0), (0, by)])

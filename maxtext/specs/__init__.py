@@ -10,7 +10,7 @@ from maxtext.specs.attention import (
   QkNormSpec,
   TemperatureSpec,
 )
-from maxtext.specs.decoder import BlockSpec, DecoderSpec, Stage, staged
+from maxtext.specs.decoder import BlockSpec, DecoderSpec, MtpSpec, Stage, staged
 from maxtext.specs.delta import DeltaSpec
 from maxtext.specs.feedforward import Activation, MlpSpec
 from maxtext.specs.norms import NormSpec
@@ -37,6 +37,7 @@ __all__ = [
   "LatentSpec",
   "LongScaling",
   "MlpSpec",
+  "MtpSpec",
   "NormSpec",
   "NtkScaling",
   "QkNormSpec",

@@ -64,6 +64,20 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
+class MtpSpec:
+  """Multi-token prediction (DeepSeek-V3 2024, section 2.2): `layers` further blocks in a row, of
+  which block i predicts the token i + 1 ahead (i from 1), from what the one before it made of a
+  token and from the embedding of the token i ahead.
+  """
+
+  layers: int
+  block: BlockSpec
+
+  def __post_init__(self):
+    at_least(self, 1, "layers")
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderSpec:
   """A whole decoder. `positions` is the length of the learned position table, 0 for none.
 
@@ -81,6 +95,7 @@ class DecoderSpec:
   embed_sqrt_width: bool = False
   logit_scale: float = 1.0
   final_soft_cap: float | None = None
+  mtp: MtpSpec | None = None
 
   def __post_init__(self):
     at_least(self, 1, "width", "vocab")

@@ -19,6 +19,7 @@ class Training:
   max_target_length: Count
   gradient_accumulation_steps: Count
   z_loss_multiplier: NotNegative
+  mtp_loss_scaling_factor: NotNegative
   abort_on_nan_loss: bool
   abort_on_inf_loss: bool
   enable_dropout: bool
