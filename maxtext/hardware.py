@@ -7,6 +7,7 @@ import re
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 from maxtext.config.run import FORCED, Run
 from maxtext.log import log
@@ -41,3 +42,10 @@ def _keep_programs(folder: Path) -> None:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def memory(device: Any, count: int) -> int | None:
+  """Bytes that a jax.Device has, of `count` in this process; None where it does not say."""
+  if device.platform == "cpu":
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count
+  return (device.memory_stats() or {}).get("bytes_limit")

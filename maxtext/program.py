@@ -17,6 +17,7 @@ from maxtext import kernels, sharding
 from maxtext.config import Config
 from maxtext.config.run import Run
 from maxtext.config.sources import ENVIRONMENT
+from maxtext.config.values import brief
 from maxtext.errors import ConfigError
 from maxtext.kernels.context import balanced_order
 from maxtext.layers.decoder import Decoder
@@ -218,7 +219,7 @@ def find_devices(run: Run) -> list[jax.Device]:
   try:
     return jax.devices()
   except (RuntimeError, AssertionError) as error:  # an assertion where the platform's plugin fails
-    what = (str(error).splitlines() or ["JAX finds no such device"])[0][:120]
+    what = brief((str(error).splitlines() or ["JAX finds no such device"])[0], 120)
     raise ConfigError(
       "hardware",
       f"{run.hardware}: {what}; use hardware=auto or cpu, or install the extra for this hardware",

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from maxtext import estimate, program, resume, sharding
+from maxtext import estimate, hardware, program, resume, sharding
 from maxtext import log as logs
 from maxtext.checkpoints import hub
 from maxtext.checkpoints.hub.loading import load
@@ -59,6 +59,7 @@ def train(config: Config) -> int:
     built = program.build(config, devices, tokens)
     if config.mesh.debug_sharding:
       log.info(sharding.table(built.plan.declared, built.layout, config.mesh.sharding_tolerance))
+    _check_memory(built)
     run = Run(config, folder, built, started)
     # a save under way is finished, come what may
     with _memory(), run.checkpoints or contextlib.nullcontext():
@@ -76,6 +77,22 @@ def _vocabulary(config: Config) -> int:
     raise placed(config, error) from None
   check_vocabulary(config, size)
   return size
+
+
+def _check_memory(built: Program) -> None:
+  """Refuse a state that no device can hold, which a CPU would learn only as the system ends the
+  process. Raises ConfigError.
+  """
+  devices = built.layout.mesh.local_devices
+  needed, there = estimate.bytes_per_device(built.state), hardware.memory(devices[0], len(devices))
+  if there is not None and needed > there:
+    vocabulary = built.spec.vocab * built.spec.width
+    parameters = sum(leaf.size for leaf in built.state.params.values())
+    raise ConfigError(
+      "vocab_size" if 3 * vocabulary > parameters else "base_emb_dim",
+      f"parameters and optimizer take {needed / 2**30:.1f} GiB on each of {len(devices)} devices, "
+      f"which have {there / 2**30:.1f}; make the model smaller, or split it over more devices",
+    )
 
 
 @contextlib.contextmanager

@@ -106,6 +106,8 @@ def _documents(file: Path, text_column: str, alone: bool) -> Iterator[Document]:
 
 
 def _field(line: str, column: str, where: str) -> str:
+  if not line.strip():
+    raise DataError(f"{where}: the line is empty; delete it")
   try:
     record = json.loads(line)
   except (ValueError, RecursionError) as error:

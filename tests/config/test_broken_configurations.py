@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from maxtext import program, trainer
-from maxtext.errors import UserError
+from maxtext.errors import ConfigError, UserError
 from tests.data import vocabularies
 
 ON_8 = "hardware=cpu devices=8 "
@@ -875,6 +875,17 @@ def test_a_tokenizer_that_does_not_do_is_refused_in_a_line_before_any_device(
     trainer.train(loaded(*typed.split(" ")))
   assert caught.value.exit_code == code
   one_line(str(caught.value).split("\n"), ("command line  ", *words))
+
+
+def test_a_model_that_no_memory_holds_is_refused_before_anything_is_compiled(loaded, monkeypatch):
+  monkeypatch.setattr(trainer.Run, "train", lambda *_: pytest.fail("the run began"))
+  run = loaded(
+    "vocab_size=2000000000", "run_name=huge", "jax_cache_dir=", "per_device_batch_size=1"
+  )
+  with pytest.raises(ConfigError) as caught:
+    trainer.train(run)
+  words = ("vocab_size: parameters and optimizer take ", " GiB on each of 8 devices, which have ")
+  one_line(str(caught.value).split("\n"), words)
 
 
 @pytest.mark.parametrize("kind, package", [(SPM, "sentencepiece"), (RANKS, "tiktoken")])

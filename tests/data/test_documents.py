@@ -64,7 +64,7 @@ BROKEN = {
   "cut.py": ("é".encode()[:1], "cut.py:1: byte 0xc3 is not UTF-8"),
   "none.jsonl": (b"\n", "none.jsonl: the file is empty"),
   "bad.jsonl": (b'{"text": "a"}\n{"text": "b"\n', "bad.jsonl:2: not JSON"),
-  "gap.jsonl": (b'{"text": "a"}\n\n{"text": "b"}\n', "gap.jsonl:2: not JSON"),
+  "gap.jsonl": (b'{"text": "a"}\n\n{"text": "b"}\n', "gap.jsonl:2: the line is empty; delete it"),
   "list.jsonl": (b'["a"]', "list.jsonl:1: not an object"),
   "other.jsonl": (b'{"txt": "a", "id": 3}', "other.jsonl:1: no field 'text', did you mean 'txt'"),
   "number.jsonl": (b'{"text": 3}', "number.jsonl:1: 'text' is a int, not text"),
