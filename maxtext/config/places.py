@@ -36,11 +36,13 @@ def of_places(config: Config, purpose: Purpose) -> Iterator[Problem]:
       yield key, f"{shown(text)}: object storage is not there yet; name a path of a file system"
     elif os.path.expanduser(text).startswith("~"):
       yield key, f"{shown(text)}: there is no such user; write the path itself, ~ is your home"
-  needed = ("base_output_directory",) if purpose == "train" else ()
   for key in FOLDERS:
     if text := config.values[key]:
-      path = Path(os.path.expanduser(text))
-      if problem := _blocked(path, "a folder", must_be_written=key in needed):
+      path, runs = Path(os.path.expanduser(text)), key == "base_output_directory"
+      if runs:
+        path /= config.run.run_name
+      needed = runs and purpose == "train"
+      if problem := _blocked(path, "a folder", must_be_written=needed):
         yield key, f"{shown(text)}: {problem}"
   if purpose == "train":
     if text := config.observe.metrics_file:

@@ -694,6 +694,14 @@ def test_a_place_that_cannot_be_reached_is_refused_in_a_line(
   one_line(refused(typed), words)
 
 
+def test_a_run_may_have_a_folder_of_its_own_in_one_that_cannot_be_written(
+  loaded, folder, monkeypatch
+):
+  (folder / "locked" / "mine").mkdir(parents=True)
+  monkeypatch.setattr(os, "access", lambda path, mode: path.name != "locked")
+  assert loaded("base_output_directory=locked", "run_name=mine").run.run_name == "mine"
+
+
 def test_a_chain_of_files_without_end_is_refused_in_a_line(refused):
   files = {f"{i}.yml": f"base_config: {i + 1}.yml\n" for i in range(60)}
   files["60.yml"] = "steps: 3\n"
