@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, DeltaSpec, NormSpec
+from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, DeltaSpec, MlpSpec, NormSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,11 @@ def _value_dim(spec: AttentionSpec) -> int:
 
 
 def matmul_parameters(spec: DecoderSpec) -> int:
-  """Those that every token is multiplied by: no bias, norm or lookup, but the unembedding."""
-  blocks = sum(_projections(block, spec.width) for block in (*spec.blocks, *_further(spec)))
+  """Those that a token is multiplied by: no bias, norm or lookup, but the unembedding; of experts
+  as many as a token goes through.
+  """
+  every = (*spec.blocks, *_further(spec))
+  blocks = sum(_projections(block, spec.width, active=True) for block in every)
   further = len(_further(spec))
   joint = further * 2 * spec.width**2
   return blocks + joint + (1 + further) * spec.width * spec.vocab
@@ -89,7 +92,7 @@ def parameter_count(spec: DecoderSpec) -> int:
   """All parameters of the decoder, each once."""
   tables = spec.vocab * (1 if spec.tied else 2) + spec.positions
   blocks = sum(
-    _projections(block, spec.width)
+    _projections(block, spec.width, active=False)
     + _biases(block, spec.width)
     + _mixer_norms(block)
     + _block_norms(block) * _norm(block.norm, spec.width)
@@ -111,13 +114,21 @@ def _block_norms(block: BlockSpec) -> int:
   return 2 * block.pre_norm + block.post_attention_norm + block.post_mlp_norm
 
 
-def _projections(block: BlockSpec, width: int) -> int:
-  """Weights of a block's projections: query, key, value, out; up (and gate), down."""
-  mlp = block.mlp
+def _projections(block: BlockSpec, width: int, active: bool) -> int:
+  """Weights of a block's projections: query, key, value, out; up (and gate), down; and a router's.
+  With `active` of experts only those that a token goes through.
+  """
   mixer = block.mixer
   mixing = _delta(mixer, width) if isinstance(mixer, DeltaSpec) else _heads(mixer, width)
-  assert mlp is not None
-  return mixing + width * (len(mlp.activations) + 1) * mlp.hidden
+  if (moe := block.moe) is None:
+    return mixing + _wide(block.mlp, width)
+  experts = (moe.active if active else moe.experts) * _wide(moe.expert, width)
+  routing = width * (moe.experts + moe.shared_gate)
+  return mixing + routing + experts + _wide(moe.shared, width)
+
+
+def _wide(mlp: MlpSpec | None, width: int) -> int:
+  return 0 if mlp is None else width * (len(mlp.activations) + 1) * mlp.hidden
 
 
 def _delta(spec: DeltaSpec, width: int) -> int:
@@ -140,10 +151,16 @@ def _heads(spec: AttentionSpec, width: int) -> int:
 
 
 def _biases(block: BlockSpec, width: int) -> int:
-  mlp, mixer = block.mlp, block.mixer
-  assert mlp is not None
-  feeding = mlp.bias * (len(mlp.activations) * mlp.hidden + width)
-  return feeding if isinstance(mixer, DeltaSpec) else feeding + _attention_biases(mixer, width)
+  mixer, moe = block.mixer, block.moe
+  mixing = 0 if isinstance(mixer, DeltaSpec) else _attention_biases(mixer, width)
+  if moe is None:
+    return mixing + _wide_biases(block.mlp, width)
+  each = _wide_biases(moe.expert, width) + moe.router_bias + moe.choice_bias
+  return mixing + moe.experts * each + _wide_biases(moe.shared, width)
+
+
+def _wide_biases(mlp: MlpSpec | None, width: int) -> int:
+  return 0 if mlp is None else mlp.bias * (len(mlp.activations) * mlp.hidden + width)
 
 
 def _attention_biases(spec: AttentionSpec, width: int) -> int:

@@ -23,8 +23,7 @@ from maxtext.kernels.context import balanced_order
 from maxtext.layers.decoder import Decoder
 from maxtext.layers.merging import Params, Plan, parameters
 from maxtext.layers.params import Compute
-from maxtext.objectives.mean import Mean
-from maxtext.objectives.next_token import NextToken
+from maxtext.objectives.next_token import NextToken, Sums
 from maxtext.specs import DecoderSpec
 from maxtext.training import step as steps
 from maxtext.training.optimizers import make_optimizer
@@ -99,7 +98,9 @@ class Program:
   @functools.cached_property
   def step(self) -> jax.stages.Wrapped:
     """(State, batch) -> (State, metrics); takes over the state's memory."""
-    train = steps.make_step(self._loss, self.optimizer, self.schedule, _step_rules(self.config))
+    train = steps.make_step(
+      self._loss, self.optimizer, self.schedule, _step_rules(self.config, self.spec)
+    )
 
     def placed(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
       with sharding.use(self.layout):
@@ -108,11 +109,11 @@ class Program:
     return jax.jit(placed, donate_argnums=0, out_shardings=(self.shardings, None))
 
   @functools.cached_property
-  def evaluate(self) -> Callable[[Params, Batch], dict[str, Mean]]:
+  def evaluate(self) -> Callable[[Params, Batch], Sums]:
     """(params, batch) -> the objective's sums by name, without dropout."""
     return jax.jit(self._loss)
 
-  def _loss(self, params: Params, batch: Batch, key: jax.Array | None = None) -> dict[str, Mean]:
+  def _loss(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Sums:
     with sharding.use(self.layout):
       batch = _spread(batch, self.layout) if self.balanced else batch
       return self.objective(self.plan.merge(params), batch, key)
@@ -163,10 +164,11 @@ def build(
     spec=spec,
     plan=plan(config, spec),
     objective=NextToken(
-      config.training.z_loss_multiplier,
-      tiles,
+      z_loss=config.training.z_loss_multiplier,
+      tiles=tiles,
       ordered=not balanced,
       mtp=config.training.mtp_loss_scaling_factor,
+      balance=config.training.load_balance_loss_weight,
     ),
     schedule=schedule,
     optimizer=make_optimizer(config.optimizer, schedule),
@@ -257,10 +259,12 @@ def _compute(config: Config) -> Compute:
     matmul_precision=None if named == "default" else named,
     f32_scores=precision.float32_qk_product,
     f32_logits=precision.logits_dot_in_fp32,
+    f32_gate=precision.float32_gate_logits,
+    experts=config.experts,
   )
 
 
-def _step_rules(config: Config) -> steps.Rules:
+def _step_rules(config: Config, spec: DecoderSpec) -> steps.Rules:
   training = config.training
   return steps.Rules(
     accumulate=training.gradient_accumulation_steps,
@@ -270,4 +274,6 @@ def _step_rules(config: Config) -> steps.Rules:
     abort_on_inf=training.abort_on_inf_loss,
     dropout=training.enable_dropout,
     seed=config.run.init_weights_seed,
+    mixtures=spec.mixtures,
+    bias_rate=training.routed_bias_update_rate,
   )

@@ -197,14 +197,14 @@ def gather(w: jax.Array, axes: Axes) -> jax.Array:
   whole = layout.gathered(axes, w.shape)
   new, place = layout.shares(axes, w.shape)
 
-  def join(w: jax.Array) -> jax.Array:
+  def joined(w: jax.Array) -> jax.Array:
     for i, names in enumerate(new):
-      w = _join(w, names, i) if names else w
+      w = join(w, names, i) if names else w
     return w
 
   if any(new):
     w = jax.shard_map(
-      join, mesh=layout.mesh, in_specs=place, out_specs=whole.spec, check_vma=False
+      joined, mesh=layout.mesh, in_specs=place, out_specs=whole.spec, check_vma=False
     )(w)
   return jax.lax.with_sharding_constraint(w, whole)
 
@@ -249,7 +249,7 @@ def scatter(shares: jax.Array, axes: Axes) -> jax.Array:
   def add(shares: jax.Array) -> jax.Array:
     total = shares[0]
     for i, names in enumerate(new):
-      total = _add_and_split(total, names, i) if names else total
+      total = add_and_split(total, names, i) if names else total
     return jax.lax.psum(total, rest) if rest else total
 
   total = jax.shard_map(
@@ -271,7 +271,7 @@ def take_rows(w: jax.Array, axes: Axes, rows: jax.Array) -> jax.Array:
   split, kept = layout.gathered(axes, w.shape).spec
 
   def take(w: jax.Array, rows: jax.Array) -> jax.Array:
-    w = _join(w, joined, 0) if joined else w
+    w = join(w, joined, 0) if joined else w
     rows = jax.lax.all_gather(rows, moved) if moved else rows
     y = w.at[_own(rows, w.shape[0], _names(split))].get(mode="fill", fill_value=0)
     y = jax.lax.psum(y, _names(split)) if split else y
@@ -308,7 +308,7 @@ def add_rows(g: jax.Array, axes: Axes, rows: jax.Array, shape: tuple[int, ...]) 
     total = jnp.zeros((height, g.shape[-1]), jnp.float32)
     own = _own(rows, height, _names(split))
     total = total.at[own].add(g.astype(jnp.float32), mode="drop")
-    total = _add_and_split(total, joined, 0) if joined else total
+    total = add_and_split(total, joined, 0) if joined else total
     return jax.lax.psum(total, rest) if rest else total
 
   total = jax.shard_map(
@@ -327,7 +327,7 @@ def _own(rows: jax.Array, height: int, names: tuple[str, ...]) -> jax.Array:
   return jnp.where((at < 0) | (at >= height), height, at)
 
 
-def _join(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
+def join(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
   """All shares of x over these mesh axes, side by side along a dimension.
 
   What is sent are whole blocks: along any dimension but the first, XLA would transpose every
@@ -338,8 +338,8 @@ def _join(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
   return blocks.reshape(*x.shape[:dimension], size, *x.shape[dimension + 1 :])
 
 
-def _add_and_split(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
-  """Each device's share, along a dimension, of the sum of x over these mesh axes; as `_join`
+def add_and_split(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
+  """Each device's share, along a dimension, of the sum of x over these mesh axes; as `join`
   sends.
   """
   ways = jax.lax.axis_size(names)

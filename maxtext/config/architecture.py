@@ -83,6 +83,19 @@ class Architecture:
   rope_attention_factor: Positive | None
   rope_interleave: bool | None
   partial_rotary_factor: Fraction
+  num_experts: Count
+  num_experts_per_tok: Count
+  base_moe_mlp_dim: Count | None
+  shared_experts: Whole
+  base_shared_mlp_dim: Count | None
+  first_num_dense_layers: Whole
+  interleave_moe_layer_step: Count
+  routed_score_func: Literal["softmax", "softmax_of_chosen", "sigmoid"]
+  norm_topk_prob: bool
+  routed_scaling_factor: Positive
+  routed_bias: bool
+  n_routing_groups: CountOrOff
+  topk_routing_group: CountOrOff
 
   def complaints(self) -> Iterator[tuple[str, ...]]:
     scale = self.global_parameter_scale
@@ -117,6 +130,16 @@ class Architecture:
         "or a gated one, as [silu, linear]",
       )
 
+  def routing(self) -> dict[str, Any]:
+    """The keys of experts that may say off, and whether there is a layer that all tokens share."""
+    wanted = self.shared_experts > 0 or self.base_shared_mlp_dim is not None
+    groups = max(self.n_routing_groups, 1)
+    return {
+      "with_shared_experts": wanted,
+      "n_routing_groups": groups,
+      "topk_routing_group": groups if self.topk_routing_group < 0 else self.topk_routing_group,
+    }
+
   def sizes(self) -> dict[str, int]:
     """The base_ sizes after `global_parameter_scale` 2^k, and head_dim, which does not scale.
 
@@ -125,11 +148,14 @@ class Architecture:
     thirds, rest = divmod(self.global_parameter_scale.bit_length() - 1, 3)
     wide, deep = 1 << thirds + (rest > 1), 1 << thirds
     heads = 1 << thirds + (rest > 0)
+    expert = self.base_moe_mlp_dim or self.base_mlp_dim
     return {
       "base_emb_dim": self.base_emb_dim * wide,
       "base_num_query_heads": self.base_num_query_heads * heads,
       "base_num_kv_heads": self.base_num_kv_heads * heads,
       "base_mlp_dim": self.base_mlp_dim * heads,
+      "base_moe_mlp_dim": expert * heads,
+      "base_shared_mlp_dim": (self.base_shared_mlp_dim or self.shared_experts * expert) * heads,
       "base_num_decoder_layers": self.base_num_decoder_layers * deep,
       "head_dim": self.head_dim or self.base_emb_dim // self.base_num_query_heads,
     }
@@ -162,4 +188,7 @@ class Architecture:
 MADE = {
   "qk_head_dim": ("qk_nope_head_dim", "qk_rope_head_dim"),
   "latent_mscale": ("mscale", "rope_factor", "rope_type"),
+  "base_moe_mlp_dim": ("base_moe_mlp_dim", "base_mlp_dim"),
+  "base_shared_mlp_dim": ("base_shared_mlp_dim", "shared_experts"),
+  "with_shared_experts": ("shared_experts", "base_shared_mlp_dim"),
 }

@@ -12,10 +12,19 @@ from maxtext.config.sections import HINTS, SECTION_OF, Sections, hint_of
 from maxtext.config.sources import BASE, PRESET, Setting, defaults, of_text
 from maxtext.config.values import Unfit, coerce, render
 from maxtext.errors import ConfigError
-from maxtext.specs import DecoderSpec
+from maxtext.specs import DecoderSpec, MoeSpec
 
 RULES = "logical_axis_rules"
-SHAPING = ("architecture", "precision", "memory", "kernel", "training", "optimizer", "data")
+SHAPING = (
+  "architecture",
+  "precision",
+  "memory",
+  "experts",
+  "kernel",
+  "training",
+  "optimizer",
+  "data",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +58,12 @@ class Config(Sections):
     """Whether something set the key to another value than its default."""
     first = self.history[key][0]
     return self.sources[key].level != BASE and self.values[key] != coerce(hint_of(key), first.node)
+
+  @functools.cached_property
+  def moes(self) -> list[MoeSpec] | None:
+    """Every mixture of experts in the decoder; None where it cannot be read."""
+    made, _ = spec(self.block, self.architecture, 1)
+    return None if made is None else [b.moe for b in made.blocks if b.moe is not None]
 
   def section_of(self, key: str) -> str:
     """The section that a key belongs to."""

@@ -87,7 +87,7 @@ def spec(
 def _values(sizes: Architecture) -> dict[str, Any]:
   hidden = ELSEWHERE - {"base_num_decoder_layers"}
   values = {f.name: getattr(sizes, f.name) for f in dataclasses.fields(sizes)}
-  values |= sizes.sizes() | sizes.rotary() | sizes.latent()
+  values |= sizes.sizes() | sizes.rotary() | sizes.latent() | sizes.routing()
   return {key: value for key, value in values.items() if key not in hidden}
 
 

@@ -9,7 +9,7 @@ from maxtext.checkpoints.sections import Checkpoint
 from maxtext.config.architecture import Architecture
 from maxtext.config.run import Run
 from maxtext.data.sections import Data
-from maxtext.layers.sections import Kernel, Memory, Precision
+from maxtext.layers.sections import Experts, Kernel, Memory, Precision
 from maxtext.mesh import Mesh
 from maxtext.serve.sections import Decode
 from maxtext.training.sections import Eval, Observe, Optimizer, Training
@@ -23,6 +23,7 @@ class Sections:
   architecture: Architecture
   precision: Precision
   memory: Memory
+  experts: Experts
   kernel: Kernel
   mesh: Mesh
   training: Training

@@ -9,6 +9,7 @@ from flax import nnx
 from maxtext.layers.blocks import Block
 from maxtext.layers.norms import make_norm
 from maxtext.layers.params import Compute, Dense
+from maxtext.layers.routing import Routed
 from maxtext.masks import Mask
 from maxtext.sharding import constrain
 from maxtext.specs import BlockSpec, NormSpec
@@ -30,11 +31,11 @@ class Ahead(Block):
 
   def ahead(
     self, x: jax.Array, tokens: jax.Array, mask: Mask, key: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array]:
+  ) -> tuple[jax.Array, jax.Array, Routed | None]:
     """x [b t d] of each token, embeddings [b t d] of later ones -> what the next such block takes
-    as x, and what is unembedded, [b t d] each.
+    as x, and what is unembedded, [b t d] each; and what experts say of their routing.
     """
     both = jnp.concatenate([self.token_norm(tokens), self.hidden_norm(x)], axis=-1)
     y = constrain(self.joint(both), "activation_batch", "activation_length", "activation_embed")
-    y, _ = self(y, mask, None, key)
-    return y, self.head_norm(y)
+    y, _, routed = self(y, mask, None, key)
+    return y, self.head_norm(y), routed

@@ -10,8 +10,10 @@ from maxtext.layers.delta import DeltaNet
 from maxtext.layers.grouped import C, GroupedAttention
 from maxtext.layers.latent import LatentAttention
 from maxtext.layers.mlp import Mlp
+from maxtext.layers.moe import Moe
 from maxtext.layers.norms import make_norm
 from maxtext.layers.params import Compute
+from maxtext.layers.routing import Routed
 from maxtext.masks import Mask
 from maxtext.sharding import constrain
 from maxtext.specs import BlockSpec
@@ -29,13 +31,16 @@ class Block(nnx.Module):
     self.attention = spec.attention and layer(spec.attention, width, compute, rngs)
     self.post_attention_norm = norm(spec.post_attention_norm)
     self.mlp_norm = norm(spec.pre_norm)
-    self.mlp = Mlp(spec.mlp, width, compute, rngs)
+    self.mlp = None if spec.mlp is None else Mlp(spec.mlp, width, compute, rngs)
+    self.moe = None if spec.moe is None else Moe(spec.moe, width, compute, rngs)
     self.post_mlp_norm = norm(spec.post_mlp_norm)
 
   def __call__(
     self, x: jax.Array, mask: Mask, cache: C | None = None, key: jax.Array | None = None
-  ) -> tuple[jax.Array, C | None]:
-    """`key` draws dropout; without it there is none."""
+  ) -> tuple[jax.Array, C | None, Routed | None]:
+    """x, the cache with its tokens, and what a mixture of experts says of its routing. `key` draws
+    dropout; without it there is none. With a cache no expert drops a token.
+    """
     spec = self.spec
     keys = (None, None) if key is None else jax.random.split(key)
     seed = None
@@ -44,8 +49,16 @@ class Block(nnx.Module):
     mixer = self.attention if self.delta is None else self.delta
     y, cache = mixer(_normed(self.attention_norm, x), mask, cache, seed)
     between = self._add(x, _normed(self.post_attention_norm, y), keys[0])
-    y = self.mlp(_normed(self.mlp_norm, x if spec.parallel else between))
-    return self._add(between, _normed(self.post_mlp_norm, y), keys[1]), cache
+    y, routed = self._feed(
+      _normed(self.mlp_norm, x if spec.parallel else between), mask, dropless=cache is not None
+    )
+    return self._add(between, _normed(self.post_mlp_norm, y), keys[1]), cache, routed
+
+  def _feed(self, x: jax.Array, mask: Mask, dropless: bool) -> tuple[jax.Array, Routed | None]:
+    if self.mlp is not None:
+      return self.mlp(x), None
+    real = jnp.ones(x.shape[:2], bool) if mask.q_seg is None else mask.q_seg != 0
+    return self.moe(x, real, dropless)
 
   def _add(self, x: jax.Array, y: jax.Array, key: jax.Array | None) -> jax.Array:
     if self.spec.residual_scale != 1:

@@ -13,6 +13,7 @@ from maxtext.layers.ahead import Ahead
 from maxtext.layers.blocks import drop
 from maxtext.layers.norms import make_norm
 from maxtext.layers.params import Compute, dot, lookup, param
+from maxtext.layers.routing import Routed
 from maxtext.layers.sections import Memory
 from maxtext.layers.stacking import Stack, remat
 from maxtext.masks import Mask
@@ -49,9 +50,10 @@ class Decoder(nnx.Module):
 
   def hidden(
     self, tokens: jax.Array, mask: Mask, caches: Any = None, key: jax.Array | None = None
-  ) -> tuple[jax.Array, Any]:
-    """tokens [b t] at mask.q_pos -> the normalised last layer [b t d], and the caches with the new
-    tokens.
+  ) -> tuple[jax.Array, Any, dict[str, Routed]]:
+    """tokens [b t] at mask.q_pos -> the normalised last layer [b t d], the caches with the new
+    tokens, and what mixtures of experts say of their routing, by the path of the block, each over
+    its layers [l e].
 
     `caches` holds one entry per stage; `key` draws dropout, without it there is none.
     """
@@ -61,17 +63,20 @@ class Decoder(nnx.Module):
       x = constrain(x + lookup(self.positions, mask.q_pos, self.compute.dtype), *place)
     if key is not None:
       x = drop(x, self.spec.stages[0].blocks[0].dropout, jax.random.fold_in(key, len(self.stages)))
-    out = []
+    out, routed = [], {}
     for i, stage in enumerate(self.stages):
       cache = None if caches is None else caches[i]
-      x, cache = stage(x, mask, cache, None if key is None else jax.random.fold_in(key, i))
+      key_here = None if key is None else jax.random.fold_in(key, i)
+      x, cache, said = stage(x, mask, cache, key_here)
       out.append(cache)
-    return self.norm(x), None if caches is None else tuple(out)
+      routed |= {f"stages.{i}.{path}": layers for path, layers in said.items()}
+    return self.norm(x), None if caches is None else tuple(out), routed
 
   def ahead(
     self, x: jax.Array, later: Iterable[jax.Array], mask: Mask, key: jax.Array | None = None
-  ) -> Iterator[jax.Array]:
-    """The normalised last layer [b t d] -> that of each block of multi-token prediction.
+  ) -> Iterator[tuple[jax.Array, dict[str, Routed]]]:
+    """The normalised last layer [b t d] -> that of each block of multi-token prediction, and what
+    its experts say, as `hidden`.
 
     `later` are the tokens [b t] that stand one, two ... after each token; block k predicts the one
     after the k-th. At a document's end they may be any.
@@ -83,8 +88,8 @@ class Decoder(nnx.Module):
         return nnx.merge(graph, weights).ahead(x, seen, mask, key)
 
       own = None if key is None else jax.random.fold_in(key, len(self.stages) + 1 + i)
-      x, out = remat(run, self.memory)(weights, x, self.embed(tokens), own)
-      yield out
+      x, out, routed = remat(run, self.memory)(weights, x, self.embed(tokens), own)
+      yield out, {} if routed is None else {f"mtp.{i}": jax.tree.map(lambda a: a[None], routed)}
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """tokens [b t] -> their scaled embeddings [b t d]."""

@@ -12,9 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxtext import kernels, sharding
+from maxtext.layers.sections import Experts
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 DenseInitializer = Callable[..., jax.Array]  # (key, shape, dtype, in_axis, out_axis)
+
+
+DROPLESS = Experts(
+  sparse_matmul=True, megablox=True, capacity_factor=-1.0, use_random_routing=False
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +31,9 @@ class Compute:
 
   Activations and matmul inputs have `dtype`, parameters `weight_dtype`; norms, softmax sums, rotary
   angles and the loss are float32 always. `f32_scores` computes q.k in float32, `f32_logits` the
-  unembedding. For the layout's sake `heads_first` keeps queries, keys and values in memory head by
-  head while attention is computed, and `reshape_q` gives a lone query a copy of itself beside it.
+  unembedding, `f32_gate` the logits of routers. `experts` says how experts are computed. For the
+  layout's sake `heads_first` keeps queries, keys and values in memory head by head while attention
+  is computed, and `reshape_q` gives a lone query a copy of itself beside it.
   """
 
   dtype: jnp.dtype = jnp.dtype("float32")
@@ -36,6 +43,8 @@ class Compute:
   matmul_precision: str | None = None
   f32_scores: bool = False
   f32_logits: bool = False
+  f32_gate: bool = True
+  experts: Experts = DROPLESS
   heads_first: bool = False
   reshape_q: bool = False
 

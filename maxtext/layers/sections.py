@@ -21,6 +21,7 @@ class Precision:
   matmul_precision: Literal["default", "high", "highest"]
   float32_qk_product: bool
   logits_dot_in_fp32: bool
+  float32_gate_logits: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,18 @@ class Memory:
     "save_out_proj",
   ]
   num_vocab_tiling: Whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+  """How experts are computed: each for the tokens that chose it (`sparse_matmul`), for so many of
+  each row (`capacity_factor` above 0), or for all.
+  """
+
+  sparse_matmul: bool
+  megablox: bool
+  capacity_factor: Annotated[float, Bound(0, above=True, special=-1)]
+  use_random_routing: bool
 
 
 @dataclasses.dataclass(frozen=True)

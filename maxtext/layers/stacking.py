@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from maxtext.layers.blocks import Block
 from maxtext.layers.params import Compute
+from maxtext.layers.routing import Routed
 from maxtext.layers.sections import Memory
 from maxtext.masks import Mask
 from maxtext.specs import Stage
@@ -50,9 +52,9 @@ class Stack(nnx.Module):
 
   def __call__(
     self, x: jax.Array, mask: Mask, caches: Any = None, key: jax.Array | None = None
-  ) -> tuple[jax.Array, Any]:
+  ) -> tuple[jax.Array, Any, dict[str, Routed]]:
     """x [b t d] -> [b t d]; `caches` is a tuple with one cache per block, of all its layers, or
-    None.
+    None. What mixtures of experts say of their routing is by the path of the block [l e].
 
     Caches are carried from layer to layer, not cut and stacked again, so that they are written in
     place.
@@ -60,24 +62,30 @@ class Stack(nnx.Module):
     graph, weights = nnx.split(self.blocks)
     weights = jax.tree.map(_one_layer, weights, is_leaf=lambda v: isinstance(v, nnx.Variable))
     keys = None if key is None else jax.random.split(key, self.repeat)
-    layers = None if caches is None else jax.numpy.arange(self.repeat)
+    numbers = None if caches is None else jnp.arange(self.repeat)
 
-    def body(carry: tuple[jax.Array, Any], part: Any) -> tuple[tuple[jax.Array, Any], None]:
-      (x, caches), (weights, layer, key) = carry, part
+    def body(carry: tuple[jax.Array, Any], part: Any) -> tuple[tuple[jax.Array, Any], dict]:
+      (x, caches), (weights, layer, key), said = carry, part, {}
       for i, block in enumerate(nnx.merge(graph, weights)):
         cache = None if caches is None else caches[i].at(layer)
-        x, cache = block(x, mask, cache, None if key is None else jax.random.fold_in(key, i))
+        key_here = None if key is None else jax.random.fold_in(key, i)
+        x, cache, routed = block(x, mask, cache, key_here)
+        if routed is not None:
+          said[f"blocks.{i}"] = routed
         if caches is not None:
           caches = (*caches[:i], cache.at(None), *caches[i + 1 :])
-      return (x, caches), None
+      return (x, caches), said
 
     body = remat(body, self.memory)
-    carry, parts = (x, caches), (weights, layers, keys)
+    carry, parts = (x, caches), (weights, numbers, keys)
     if self.memory.scan_layers:
-      return lax.scan(body, carry, parts)[0]
+      (x, caches), said = lax.scan(body, carry, parts)
+      return x, caches, said
+    layers = []
     for part in _unstack(parts, self.repeat):
-      carry, _ = body(carry, part)
-    return carry
+      carry, one = body(carry, part)
+      layers.append(one)
+    return *carry, jax.tree.map(lambda *each: jnp.stack(each), *layers)
 
 
 def _one_layer(p: nnx.Param) -> nnx.Param:

@@ -178,7 +178,7 @@ class Engine:
       mask = Mask.of(jnp.maximum(positions, 0), (positions >= 0).astype(jnp.int32))
       storage = Storage(model.compute.dtype, self.quant)
       caches = empty(self.parts.spec, rows, slots, storage)
-      x, caches = model.hidden(batch["tokens"], mask, caches)
+      x, caches, _ = model.hidden(batch["tokens"], mask, caches)
       return filled(caches), *self._choose(model, x[:, -1:], batch["rows"], batch["lengths"])
 
   def _step(
@@ -188,7 +188,7 @@ class Engine:
     with sharding.use(self.layout):
       model = self.parts.plan.merge(params)
       mask = Mask.of(positions[:, None], jnp.ones_like(positions[:, None]))
-      x, caches = model.hidden(ids[:, None], mask, caches)
+      x, caches, _ = model.hidden(ids[:, None], mask, caches)
       return caches, *self._choose(model, x, rows, positions + 1)
 
   def _choose(

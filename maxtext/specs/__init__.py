@@ -1,6 +1,7 @@
 """What a decoder is, as data: a model family is a value of these types, not a class of its own.
 
-Letters: d width, h query heads, g key/value heads, k head_dim, f mlp hidden, v vocabulary.
+Letters: d width, h query heads, g key/value heads, k head_dim, f mlp hidden, e experts,
+v vocabulary.
 """
 
 from maxtext.specs.attention import (
@@ -12,7 +13,7 @@ from maxtext.specs.attention import (
 )
 from maxtext.specs.decoder import BlockSpec, DecoderSpec, MtpSpec, Stage, staged
 from maxtext.specs.delta import DeltaSpec
-from maxtext.specs.feedforward import Activation, MlpSpec
+from maxtext.specs.feedforward import Activation, MlpSpec, MoeSpec
 from maxtext.specs.norms import NormSpec
 from maxtext.specs.rotary import (
   ROPE_TYPES,
@@ -37,6 +38,7 @@ __all__ = [
   "LatentSpec",
   "LongScaling",
   "MlpSpec",
+  "MoeSpec",
   "MtpSpec",
   "NormSpec",
   "NtkScaling",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from maxtext.errors import ConfigError
 from maxtext.specs.attention import AttentionSpec
 from maxtext.specs.delta import DeltaSpec
-from maxtext.specs.feedforward import MlpSpec
+from maxtext.specs.feedforward import MlpSpec, MoeSpec
 from maxtext.specs.limits import above, at_least
 from maxtext.specs.norms import NormSpec
 
@@ -19,12 +19,13 @@ class BlockSpec:
   made from the same x. Each addend is normalised with post norms, and multiplied by
   `residual_scale`; dropout comes last.
 
-  The mixer is `attention` or a gated `delta` net.
+  The mixer is `attention` or a gated `delta` net, the feed-forward part an `mlp` or a `moe`.
   """
 
   attention: AttentionSpec | None = None
   mlp: MlpSpec | None = None
   delta: DeltaSpec | None = None
+  moe: MoeSpec | None = None
   norm: NormSpec = NormSpec()
   pre_norm: bool = True
   post_attention_norm: bool = False
@@ -34,10 +35,9 @@ class BlockSpec:
   dropout: float = 0.0
 
   def __post_init__(self):
-    if (self.attention is None) is (self.delta is None):
-      raise ConfigError("attention", "a block has either attention or delta; write one of them")
-    if self.mlp is None:
-      raise ConfigError("mlp", "is missing; write a mapping of its parts")
+    for one, other in (("attention", "delta"), ("mlp", "moe")):
+      if (getattr(self, one) is None) is (getattr(self, other) is None):
+        raise ConfigError(one, f"a block has either {one} or {other}; write one of them")
     if not 0 <= self.dropout < 1:
       raise ConfigError("dropout", f"{self.dropout} is not from 0 up to 1")
     above(self, 0, "residual_scale")
@@ -109,6 +109,22 @@ class DecoderSpec:
   def depth(self) -> int:
     """The number of blocks."""
     return sum(len(stage.blocks) * stage.repeat for stage in self.stages)
+
+  @property
+  def mixtures(self) -> dict[str, range]:
+    """The numbers of the layers whose feed-forward part is a mixture of experts, by the path of
+    their block, as 'stages.0.blocks.1'.
+    """
+    found, first = {}, 0
+    for s, stage in enumerate(self.stages):
+      size = len(stage.blocks)
+      for b, block in enumerate(stage.blocks):
+        if block.moe is not None:
+          found[f"stages.{s}.blocks.{b}"] = range(first + b, first + size * stage.repeat, size)
+      first += size * stage.repeat
+    if self.mtp is not None and self.mtp.block.moe is not None:
+      found |= {f"mtp.{i}": range(first + i, first + i + 1) for i in range(self.mtp.layers)}
+    return found
 
   @property
   def blocks(self) -> tuple[BlockSpec, ...]:

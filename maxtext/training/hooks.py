@@ -13,7 +13,6 @@ import jax
 
 from maxtext.checkpoints.manager import Checkpoints
 from maxtext.log import log
-from maxtext.objectives.mean import Mean
 from maxtext.training.metrics import Metrics, due, eval_scalars, format_eval
 from maxtext.training.progress import Progress
 from maxtext.training.sections import Eval, Observe
@@ -32,7 +31,7 @@ class Evaluate:
 
   section: Eval
   steps: int
-  evaluate: Callable[[Params, Batch], dict[str, Mean]]
+  evaluate: Callable[[Params, Batch], dict[str, Any]]
   batches: Callable[[], Iterable[Batch]]
   write: Callable[[Params], str] | None
   metrics: Metrics

@@ -50,7 +50,8 @@ def due(step: int, observe: Observe, steps: int) -> bool:
 
 
 def step_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-  """The tagged scalars of what the train step returns, name -> number, and the perplexity.
+  """The tagged scalars of what the train step returns, name -> number, the perplexity, and of the
+  layers' loads of experts the highest.
 
   Raises KeyError for a metric that has no tag: every scalar has one published name.
   """
@@ -61,7 +62,11 @@ def step_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     values["current_learning_rate"] = values.pop("learning_rate")
   if "ok" in values:
     values["step_skipped"] = 1.0 - values.pop("ok")
-  return {_TAGS[name]: values[name] for name in sorted(values, key=_ORDER.__getitem__)}
+  layers = {name: values.pop(name) for name in list(values) if name.startswith("expert_load/")}
+  scalars = {_TAGS[name]: values[name] for name in sorted(values, key=_ORDER.__getitem__)}
+  if layers:
+    scalars["moe/expert_load"] = max(layers.values())
+  return scalars | {f"moe/{name}": load for name, load in layers.items()}
 
 
 def eval_scalars(total_loss: float, total_weights: float) -> dict[str, float]:

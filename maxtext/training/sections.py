@@ -20,6 +20,8 @@ class Training:
   gradient_accumulation_steps: Count
   z_loss_multiplier: NotNegative
   mtp_loss_scaling_factor: NotNegative
+  load_balance_loss_weight: NotNegative
+  routed_bias_update_rate: NotNegative
   abort_on_nan_loss: bool
   abort_on_inf_loss: bool
   enable_dropout: bool

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from maxtext.objectives.mean import Mean
 from maxtext.training.state import Params, State
 
 Batch = dict[str, jax.Array]
-Loss = Callable[[Params, Batch, jax.Array | None], dict[str, Mean]]
+Sums = dict[str, Any]  # Mean by name, and 'loads' of experts [l e] by the path of their block
+Loss = Callable[[Params, Batch, jax.Array | None], Sums]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +24,8 @@ class Rules:
   `accumulate` micro-batches make one batch; gradients are summed in `grad_dtype`, and shortened to
   `clip` where their norm is larger (0: never); a loss or gradient that is NaN or infinite leaves
   the state untouched where the flag of its kind is set; dropout is drawn from `seed` and the step.
+  `mixtures` are the numbers of the layers that have experts, by the path of their block; of those
+  that have a choice bias it goes by `bias_rate` towards equal loads, and never by a gradient.
   """
 
   accumulate: int = 1
@@ -34,6 +35,8 @@ class Rules:
   abort_on_inf: bool = True
   dropout: bool = False
   seed: int = 0
+  mixtures: Mapping[str, range] = dataclasses.field(default_factory=dict)
+  bias_rate: float = 0.0
 
 
 def make_step(
@@ -42,21 +45,27 @@ def make_step(
   """The train step; `batch` columns are [accumulate * b, t].
 
   Metrics: each mean of the objective by name, 'total_weights', 'raw_grad_norm' and 'grad_norm'
-  (before and after clipping), 'param_norm', 'learning_rate', and 'ok', false where the step was not
-  applied.
+  (before and after clipping), 'param_norm', 'learning_rate', 'ok', false where the step was not
+  applied, and for each layer with experts 'expert_load/NUMBER', the highest load over the mean.
   """
 
   def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(rules.seed), state.step) if rules.dropout else None
     grads, sums = _gradients(loss, rules, state.params, batch, key)
+    loads = sums.pop("loads", {})
     weight = jnp.maximum(sums["loss"].weight, 1)
     norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)) / weight
     scale = 1 / weight
     if rules.clip:
       scale *= jnp.where(norm > rules.clip, rules.clip / norm, 1.0)
     ok = _acceptable(rules, sums["loss"].value, norm)
+
     # a choice for every array instead would keep old and new ones of all of them
-    descend = functools.partial(_descend, optimizer, scale)
+    def descend(state: State, grads: Params) -> State:
+      new = _descend(optimizer, scale, state, grads)
+      biases = _biases(rules, state.params, loads)
+      return dataclasses.replace(new, params={**new.params, **biases})
+
     new = jax.lax.cond(ok, descend, lambda state, grads: state, state, grads)
     metrics = {name: mean.value for name, mean in sums.items()}
     metrics |= {
@@ -67,7 +76,7 @@ def make_step(
       "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
       "ok": ok,
     }
-    return new, metrics
+    return new, metrics | _unevenness(rules, loads)
 
   return step
 
@@ -83,13 +92,37 @@ def _descend(
   return jax.tree.map(lambda a, b: a.astype(b.dtype), new, state)
 
 
+def _biases(rules: Rules, params: Params, loads: dict[str, jax.Array]) -> Params:
+  """The choice biases [l e] after a step: those of experts with less than the mean load go up, the
+  others down (Wang et al. 2024, algorithm 1). Whatever the optimizer made of them is not used.
+  """
+  new = {}
+  for path in rules.mixtures:
+    if (old := params.get(name := f"{path}.moe.choice_bias")) is not None:
+      new[name] = old
+      if rules.bias_rate and path in loads:
+        load = loads[path].reshape(old.shape)
+        missing = load.mean(-1, keepdims=True) - load
+        new[name] = old + rules.bias_rate * jnp.sign(missing)
+  return new
+
+
+def _unevenness(rules: Rules, loads: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """The highest load of an expert over the mean of all, layer by layer."""
+  return {
+    f"expert_load/{number}": load.max() / jnp.maximum(load.mean(), 1e-9)
+    for path, layers in loads.items()
+    for number, load in zip(rules.mixtures.get(path, ()), layers)
+  }
+
+
 def _gradients(
   loss: Loss, rules: Rules, params: Params, batch: Batch, key: jax.Array | None
-) -> tuple[Params, dict[str, Mean]]:
+) -> tuple[Params, Sums]:
   """Gradients of the summed loss over all micro-batches, and the sums."""
 
-  def one(part: Batch, index: jax.Array | int) -> tuple[Params, dict[str, Mean]]:
-    def total(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
+  def one(part: Batch, index: jax.Array | int) -> tuple[Params, Sums]:
+    def total(params: Params) -> tuple[jax.Array, Sums]:
       sums = loss(params, part, None if key is None else jax.random.fold_in(key, index))
       return sums["loss"].total, sums
 

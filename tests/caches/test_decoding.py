@@ -28,7 +28,7 @@ def in_parts(model, parts, ids, positions, segments):
       decoder = model.plan.merge(params)
       if caches is None:
         caches = empty(model.spec, len(ids), SLOTS, Storage(decoder.compute.dtype))
-      x, caches = decoder.hidden(ids, Mask.of(positions, segments), caches)
+      x, caches, _ = decoder.hidden(ids, Mask.of(positions, segments), caches)
       return decoder.logits(x), filled(caches)
 
   forward, caches, out, start = jax.jit(forward), None, [], 0

@@ -11,6 +11,7 @@ import pytest
 
 from maxtext import config
 from maxtext.config import documents, sources, tokenizer
+from maxtext.config.architecture import MADE
 from maxtext.config.decoder import ELSEWHERE, BlockFile
 from maxtext.config.sections import HINTS, SECTION_OF, SECTIONS, hint_of
 from maxtext.config.values import coerce, words
@@ -73,6 +74,7 @@ def test_every_key_is_read_somewhere():
   }
   blocks = "".join(p.read_text() for p in (documents.PACKAGED / "decoder_blocks").glob("*.yml"))
   names |= set(re.findall(r"\$\{(\w+)\}", blocks)) | ELSEWHERE
+  names |= {key for made, keys in MADE.items() if made in names for key in keys}
   names |= {key for key in SECTION_OF if key.endswith("_parallelism")}  # read by mesh._key
   names |= {*options.KEYS.values(), options.CONTEXT}  # read by kernels.Options.of
   names |= {*sources.PRESETS, "override_logical_axis_rules", "log_config"}  # read while loading

@@ -1,0 +1,182 @@
+"""What each device computes of its own tokens, and the sums over devices that this takes.
+
+For what XLA's partitioner cannot split, such as ordering tokens by expert: a program of one device,
+given its part of each array. Arrays over tokens begin with [b t].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from maxtext import sharding
+
+Arrays = tuple[jax.Array, ...]
+Axes = tuple[str | None, ...]
+WIDE = {"mlp": "activation_mlp"}  # what stays split, of parameters and of arrays over tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """A program of one device, function(tokens, params) -> tokens, and the logical axes of its
+  arrays: over tokens those after [b t], of parameters all.
+
+  Of all these axes only those in WIDE stay split. What is not split of the outputs is then a part
+  of a sum, and is added up; so is the gradient of such an input. With `whole_rows` a device has all
+  tokens of its rows. Parameters are cast to `dtype`, and their gradients summed in float32.
+  """
+
+  function: Callable[[Arrays, Arrays], Arrays]
+  inputs: tuple[Axes, ...]
+  outputs: tuple[Axes, ...]
+  params: tuple[Axes, ...] = ()
+  whole_rows: bool = False
+  dtype: jnp.dtype = jnp.dtype("float32")
+
+
+def run(work: Work, tokens: Sequence[jax.Array], params: Sequence[nnx.Param] = ()) -> Arrays:
+  """The outputs, on every device those of its own tokens."""
+  axes = tuple(p.get_metadata()["axes"] for p in params)
+  return _run(dataclasses.replace(work, params=axes), tuple(tokens), tuple(p[...] for p in params))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(work: Work, tokens: Arrays, params: Arrays) -> Arrays:
+  params = tuple(p.astype(work.dtype) for p in params)
+  if (place := _Place.of(work)) is None:
+    return work.function(tokens, params)
+
+  def one(tokens: Arrays, params: Arrays) -> Arrays:
+    return place.added(work.function(tokens, place.joined(params)), work.outputs)
+
+  inputs = tuple(map(place.tokens, work.inputs))
+  return place.map(one, (inputs, place.params), tuple(map(place.tokens, work.outputs)))(
+    tokens, params
+  )
+
+
+def _forward(work: Work, tokens: Arrays, params: Arrays):
+  return _run(work, tokens, params), (tokens, params)
+
+
+def _backward(work: Work, saved: tuple[Arrays, Arrays], g: Arrays):
+  tokens, params = saved
+  cast = tuple(p.astype(work.dtype) for p in params)
+  moving = [jnp.issubdtype(x.dtype, jnp.inexact) for x in tokens]
+  axes = tuple(a for a, moves in zip(work.inputs, moving) if moves)
+  place = _Place.of(work)
+
+  def one(tokens: Arrays, params: Arrays, g: Arrays) -> tuple[Arrays, Arrays]:
+    def function(moved: Arrays, params: Arrays) -> Arrays:
+      left = iter(moved)
+      return work.function(tuple(next(left) if m else x for x, m in zip(tokens, moving)), params)
+
+    moved = tuple(x for x, moves in zip(tokens, moving) if moves)
+    whole = params if place is None else place.joined(params)
+    # the program casts them back, and the gradient stays in float32
+    _, pull = jax.vjp(function, moved, tuple(p.astype(jnp.float32) for p in whole))
+    dtokens, dparams = pull(g)
+    if place is None:
+      return dtokens, dparams
+    return place.added(dtokens, axes), place.scattered(dparams)
+
+  if place is not None:
+    spots = tuple(map(place.tokens, work.inputs))
+    one = place.map(
+      one,
+      (spots, place.params, tuple(map(place.tokens, work.outputs))),
+      (tuple(map(place.tokens, axes)), place.params),
+    )
+  dtokens, dparams = one(tokens, cast, g)
+  left = iter(dtokens)
+  dparams = tuple(
+    sharding.constrain(d, *a).astype(p.dtype) for d, a, p in zip(dparams, work.params, params)
+  )
+  return tuple(next(left) if moves else None for moves in moving), dparams
+
+
+_run.defvjp(_forward, _backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+  """How the arrays of a program are split over the mesh: `rows` and `length` split tokens, `wide`
+  what stays split besides; `new` are the axes over which each parameter is gathered, by dimension.
+  """
+
+  layout: sharding.Layout
+  rows: tuple[str, ...]
+  length: tuple[str, ...]
+  wide: tuple[str, ...]
+  params: tuple[PartitionSpec, ...]
+  new: tuple[tuple[tuple[str, ...], ...], ...]
+
+  @classmethod
+  def of(cls, work: Work) -> _Place | None:
+    """None where there is nothing to split over."""
+    layout = sharding.active()
+    if layout is None or layout.mesh.size == 1:
+      return None
+    names = {name for axes in (*work.inputs, *work.outputs) for name in axes}
+    wide = _over(layout, *(name for name in WIDE.values() if name in names))
+    length = _over(layout, "activation_length")
+    tokens = {*layout.batch_axes, *length}
+    new, specs = [], []
+    for axes in work.params:
+      kept = [wide if name in WIDE else () for name in axes]
+      more = [tuple(m for m in _over(layout, name) if m in tokens) for name in axes]
+      new.append(tuple(more))
+      specs.append(PartitionSpec(*(old + add or None for old, add in zip(kept, more))))
+    length = () if work.whole_rows else length
+    return cls(layout, layout.batch_axes, length, wide, tuple(specs), tuple(new))
+
+  def tokens(self, axes: Axes) -> PartitionSpec:
+    """Of an array over tokens with these axes after [b t]."""
+    rest = (self.wide or None if name in WIDE.values() else None for name in axes)
+    return PartitionSpec(self.rows or None, self.length or None, *rest)
+
+  def map(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
+    # neither Pallas calls nor loops that start from constants pass the check
+    return jax.shard_map(
+      function, mesh=self.layout.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
+    )
+
+  def added(self, arrays: Arrays, axes: Sequence[Axes]) -> Arrays:
+    """The sums of those arrays that are not split, over what else is."""
+    if not self.wide:
+      return arrays
+    split = [any(name in WIDE.values() for name in a) for a in axes]
+    return tuple(x if s else jax.lax.psum(x, self.wide) for x, s in zip(arrays, split))
+
+  def joined(self, params: Arrays) -> Arrays:
+    """Parameters, gathered over the mesh axes that split tokens."""
+    return tuple(
+      functools.reduce(
+        lambda w, part: sharding.join(w, part[1], part[0]) if part[1] else w, enumerate(new), p
+      )
+      for p, new in zip(params, self.new)
+    )
+
+  def scattered(self, grads: Arrays) -> Arrays:
+    """The sums of parameters' gradients over all tokens, split as `joined` found them."""
+    out = []
+    for g, new in zip(grads, self.new):
+      for i, names in enumerate(new):
+        g = sharding.add_and_split(g, names, i) if names else g
+      tokens = (*self.rows, *self.length)
+      rest = tuple(m for m in tokens if not any(m in names for names in new))
+      out.append(jax.lax.psum(g, rest) if rest else g)
+    return tuple(out)
+
+
+def _over(layout: sharding.Layout, *names: str | None) -> tuple[str, ...]:
+  """The mesh axes that split these logical axes."""
+  table, sizes = layout.rules.table, layout.mesh.shape
+  return tuple(m for name in names if name for m in table[name] if sizes.get(m, 1) > 1)

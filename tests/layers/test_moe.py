@@ -1,0 +1,153 @@
+"""A mixture of experts, against the plain sum that it is: whichever path computes it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from maxtext.layers.merging import parameters
+from maxtext.layers.moe import Moe
+from maxtext.layers.params import DROPLESS, Compute
+from maxtext.specs import MlpSpec, MoeSpec
+
+WIDTH, ROWS, LENGTH = 12, 2, 11
+SILU = MlpSpec(20)
+SPECS = {
+  "softmax": MoeSpec(5, 2, SILU),
+  "normalised": MoeSpec(4, 3, SILU, normalize=True, scale=1.5),
+  "of chosen, biases": MoeSpec(
+    6,
+    2,
+    MlpSpec(20, ("gelu_quick", "linear"), bias=True, limit=1.0, shift=1.0),
+    score="softmax_of_chosen",
+    router_bias=True,
+  ),
+  "sigmoid, groups": MoeSpec(
+    12,
+    3,
+    SILU,
+    MlpSpec(8),
+    score="sigmoid",
+    choice_bias=True,
+    groups=4,
+    active_groups=2,
+    normalize=True,
+    scale=2.5,
+  ),
+  "weighed inputs": MoeSpec(
+    4, 2, MlpSpec(20, ("gelu",), bias=True), score="sigmoid", weigh_inputs=True
+  ),
+  "gated shared": MoeSpec(3, 1, SILU, MlpSpec(7), shared_gate=True),
+}
+SPARSE, DENSE = DROPLESS, dataclasses.replace(DROPLESS, sparse_matmul=False)
+
+
+def limited(factor):
+  return dataclasses.replace(DENSE, capacity_factor=factor)
+
+
+def make(spec, options=SPARSE, seed=0):
+  """The layer, with every parameter drawn wide: biases too."""
+  layer = Moe(spec, WIDTH, Compute(experts=options), nnx.Rngs(0))
+  random = np.random.default_rng(seed)
+  for _, p in nnx.to_flat_state(nnx.state(layer)):
+    p[...] = jnp.asarray(random.normal(size=p.shape), jnp.float32) / np.sqrt(
+      p.shape[-2] if p.ndim > 1 else 1
+    )
+  return layer
+
+
+def inputs(seed=0):
+  random = np.random.default_rng(seed)
+  x = jnp.asarray(random.normal(size=(ROWS, LENGTH, WIDTH)), jnp.float32)
+  real = np.ones((ROWS, LENGTH), bool)
+  real[1, :3] = False
+  return x, jnp.asarray(real)
+
+
+def plain(spec, layer, x):
+  """Token by token, expert by expert, in float64."""
+  p = {name: np.asarray(v, np.float64) for name, v in parameters(layer).items()}
+  act = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu_quick": lambda x: x / (1 + np.exp(-1.702 * x)),
+    "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "linear": lambda x: x,
+  }
+
+  def mlp(spec, prefix, x, e=...):
+    def linear(name, x):
+      bias = p.get(f"{prefix}{name}.bias")
+      return x @ p[f"{prefix}{name}.kernel"][e] + (0 if bias is None else bias[e])
+
+    up = linear("up", x)
+    if len(spec.activations) == 1:
+      return linear("down", act[spec.activations[0]](up))
+    gate = linear("gate", x)
+    if spec.limit is not None:
+      gate, up = np.minimum(gate, spec.limit), np.clip(up, -spec.limit, spec.limit)
+    return linear("down", act[spec.activations[0]](gate) * (up + spec.shift))
+
+  def token(x):
+    logits = x @ p["router.kernel"] + p.get("router.bias", 0)
+    soft = lambda x: np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+    score = {"softmax": soft, "sigmoid": lambda x: 1 / (1 + np.exp(-x))}.get(
+      spec.score, lambda x: x
+    )(logits)
+    rank = score + p.get("choice_bias", 0)
+    if spec.active_groups < spec.groups:
+      parts = rank.reshape(spec.groups, -1)
+      best = np.sort(parts, -1)[:, -2 if spec.choice_bias else -1 :].sum(-1)
+      for group in np.argsort(-best)[spec.active_groups :]:
+        parts[group] = -np.inf
+      rank = parts.reshape(-1)
+    experts = np.argsort(-rank, kind="stable")[: spec.active]
+    weight = score[experts]
+    weight = soft(weight) if spec.score == "softmax_of_chosen" else weight
+    weight = weight / weight.sum() if spec.normalize else weight
+    out = np.zeros(WIDTH)
+    for e, w in zip(experts, weight * spec.scale):
+      made = mlp(spec.expert, "", x * w, e) if spec.weigh_inputs else w * mlp(spec.expert, "", x, e)
+      out += made
+    if spec.shared is not None:
+      gate = 1 / (1 + np.exp(-x @ p["shared_gate.kernel"])) if spec.shared_gate else 1
+      out += gate * mlp(spec.shared, "shared.", x)
+    return out
+
+  return np.array([[token(x) for x in row] for row in np.asarray(x, np.float64)])
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize(
+  "options", [SPARSE, DENSE, limited(9.0)], ids=["sparse", "dense", "limited"]
+)
+def test_every_path_is_the_sum_over_chosen_experts(spec, options):
+  x, real = inputs()
+  layer = make(spec, options)
+  found = jax.jit(lambda x: layer(x, real)[0])(x)
+  want = plain(spec, layer, x)
+  np.testing.assert_allclose(found[real], want[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_every_path_has_the_same_gradients(spec):
+  x, real = inputs()
+  graph, state = nnx.split(make(spec))
+  g = jnp.where(real[..., None], jnp.sin(jnp.arange(x.size).reshape(x.shape)), 0)
+
+  def grads(options):
+    def loss(state, x):
+      layer = nnx.merge(graph, state)
+      layer.compute = dataclasses.replace(layer.compute, experts=options)
+      return (layer(x, real)[0] * g).sum()
+
+    return jax.jit(jax.grad(loss, (0, 1)))(state, x)
+
+  want = grads(DENSE)
+  for options in (SPARSE, limited(9.0)):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads(options), want
+    )
