@@ -6,13 +6,13 @@ most precedence.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 from maxtext.bounds import LARGEST
 from maxtext.config.complaints import Complaint
 from maxtext.config.config import Config
+from maxtext.config.needs import NEEDS
 from maxtext.config.sections import SECTION_OF
 from maxtext.config.sources import ENVIRONMENT, PRESET
 from maxtext.config.values import brief, shown
@@ -20,251 +20,6 @@ from maxtext.errors import closest
 
 Problem = tuple[str, ...]
 Purpose = Literal["train", "decode"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Need:
-  """Keys that have an effect only where `holds`: in `words`, and decided by the key `decider`."""
-
-  keys: tuple[str, ...]
-  words: str
-  decider: str
-  holds: Callable[[Config], bool]
-
-
-NEEDS = (
-  Need(
-    ("mtp_loss_scaling_factor",),
-    "mtp_num_layers above 0",
-    "mtp_num_layers",
-    lambda c: c.architecture.mtp_num_layers > 0,
-  ),
-  Need(
-    ("adam_b1", "adam_b2", "adam_eps", "adam_weight_decay", "adamw_mask", "mu_dtype"),
-    "opt_type=adamw",
-    "opt_type",
-    lambda c: c.optimizer.opt_type == "adamw",
-  ),
-  Need(
-    ("wsd_decay_steps_fraction",),
-    "lr_schedule_type=wsd",
-    "lr_schedule_type",
-    lambda c: c.optimizer.lr_schedule_type == "wsd",
-  ),
-  Need(
-    ("learning_rate_final_fraction",),
-    "another lr_schedule_type than constant",
-    "lr_schedule_type",
-    lambda c: c.optimizer.lr_schedule_type != "constant",
-  ),
-  Need(
-    ("eval_steps", "eval_per_device_batch_size", "eval_sample_prompt", "eval_sample_length"),
-    "an eval_interval of at least 1",
-    "eval_interval",
-    lambda c: c.eval.eval_interval > 0,
-  ),
-  Need(
-    ("record_internal_nn_metrics",),
-    "enable_tensorboard=true",
-    "enable_tensorboard",
-    lambda c: c.observe.enable_tensorboard,
-  ),
-  Need(
-    (
-      "packing",
-      "grain_packing_type",
-      "max_segments_per_seq",
-      "add_eos",
-      "enable_data_shuffling",
-      "eval_fraction",
-    ),
-    "dataset_type=text",
-    "dataset_type",
-    lambda c: c.data.dataset_type == "text",
-  ),
-  Need(
-    ("text_column",),
-    "a dataset_path, since neither the embedded text nor random tokens have columns",
-    "dataset_path",
-    lambda c: bool(c.data.dataset_path),
-  ),
-  Need(
-    ("grain_packing_type", "max_segments_per_seq"),
-    "packing=true",
-    "packing",
-    lambda c: c.data.packing,
-  ),
-  Need(
-    ("tokenizer_vocab_size",),
-    "tokenizer_type=bpe",
-    "tokenizer_type",
-    lambda c: c.data.tokenizer_type == "bpe",
-  ),
-  Need(
-    ("tokenizer_vocab_size",),
-    "an empty tokenizer_path, since that file has its own size",
-    "tokenizer_path",
-    lambda c: not c.data.tokenizer_path or c.data.tokenizer_type != "bpe",
-  ),
-  Need(
-    ("use_chat_template",),
-    "tokenizer_type=huggingface, since no other kind has chat templates",
-    "tokenizer_type",
-    lambda c: c.data.tokenizer_type == "huggingface",
-  ),
-  Need(
-    ("decode_sampling_nucleus_p",),
-    "decode_sampling_strategy=nucleus",
-    "decode_sampling_strategy",
-    lambda c: c.decode.decode_sampling_strategy == "nucleus",
-  ),
-  Need(
-    ("decode_sampling_top_k",),
-    "decode_sampling_strategy=topk",
-    "decode_sampling_strategy",
-    lambda c: c.decode.decode_sampling_strategy == "topk",
-  ),
-  Need(
-    ("decode_sampling_temperature",),
-    "another decode_sampling_strategy than greedy",
-    "decode_sampling_strategy",
-    lambda c: c.decode.decode_sampling_strategy != "greedy",
-  ),
-  Need(
-    ("save_checkpoint_on_start", "checkpoint_period", "max_num_checkpoints_to_keep"),
-    "enable_checkpointing=true",
-    "enable_checkpointing",
-    lambda c: c.checkpoint.enable_checkpointing,
-  ),
-  Need(
-    ("rope_use_scale",),
-    "rope_type=llama3.1",
-    "rope_type",
-    lambda c: _rope_type(c) in ("llama3.1", None),
-  ),
-  Need(
-    ("original_max_position_embeddings",),
-    "another rope_type than default",
-    "rope_type",
-    lambda c: _rope_type(c) != "default",
-  ),
-  Need(
-    ("rope_factor",),
-    "rope_type=llama3.1, yarn or dynamic",
-    "rope_type",
-    lambda c: _rope_type(c) not in ("default", "longrope"),
-  ),
-  Need(
-    ("rope_factor", "original_max_position_embeddings"),
-    "rope_use_scale=true",
-    "rope_use_scale",
-    lambda c: _rope_type(c) != "llama3.1" or c.architecture.rope_use_scale,
-  ),
-  Need(
-    ("beta_fast", "beta_slow", "rope_truncate", "rope_attention_scaling", "mscale"),
-    "rope_type=yarn",
-    "rope_type",
-    lambda c: _rope_type(c) in ("yarn", None),
-  ),
-  Need(
-    ("rope_short_factors", "rope_long_factors"),
-    "rope_type=longrope",
-    "rope_type",
-    lambda c: _rope_type(c) in ("longrope", None),
-  ),
-  Need(
-    ("rope_attention_factor",),
-    "rope_type=longrope, or rope_type=yarn and rope_attention_scaling=true",
-    "rope_type",
-    lambda c: (
-      _rope_type(c) in ("longrope", None)
-      or (_rope_type(c) == "yarn" and c.architecture.rope_attention_scaling)
-    ),
-  ),
-  Need(
-    ("nope_layer_interval",),
-    "layer_pattern=[], whose blocks are the layers as they stand there",
-    "layer_pattern",
-    lambda c: not c.architecture.layer_pattern,
-  ),
-  Need(
-    ("temperature_tuning_scale", "temperature_tuning_floor_scale"),
-    "temperature_tuning=true",
-    "temperature_tuning",
-    lambda c: c.architecture.temperature_tuning,
-  ),
-  Need(
-    ("first_num_dense_layers", "interleave_moe_layer_step"),
-    "layer_pattern=[], whose blocks are the layers as they stand there",
-    "layer_pattern",
-    lambda c: not c.architecture.layer_pattern,
-  ),
-  Need(
-    (
-      "sparse_matmul",
-      "megablox",
-      "capacity_factor",
-      "use_random_routing",
-      "float32_gate_logits",
-      "load_balance_loss_weight",
-    ),
-    "a decoder block that has experts",
-    "decoder_block",
-    lambda c: c.moes is None or len(c.moes) > 0,
-  ),
-  Need(
-    ("routed_bias_update_rate",),
-    "routed_bias=true, in a decoder block that uses it",
-    "routed_bias",
-    lambda c: c.moes is None or any(moe.choice_bias for moe in c.moes),
-  ),
-  Need(
-    ("megablox",),
-    "sparse_matmul=true",
-    "sparse_matmul",
-    lambda c: c.experts.sparse_matmul,
-  ),
-  Need(
-    ("capacity_factor",),
-    "sparse_matmul=false",
-    "sparse_matmul",
-    lambda c: not c.experts.sparse_matmul,
-  ),
-  Need(
-    ("float32_gate_logits",),
-    "use_random_routing=false",
-    "use_random_routing",
-    lambda c: not c.experts.use_random_routing,
-  ),
-  Need(
-    tuple(key for key, section in SECTION_OF.items() if section == "kernel" and key[:3] == "sa_"),
-    "attention=flash or autoselected",
-    "attention",
-    lambda c: c.kernel.attention in ("flash", "autoselected"),
-  ),
-  Need(
-    ("context_parallel_load_balance",),
-    "context_parallel_strategy=all_gather or ring",
-    "context_parallel_strategy",
-    lambda c: c.kernel.context_parallel_strategy != "ulysses",
-  ),
-  Need(
-    ("context_parallel_strategy", "context_parallel_load_balance"),
-    "a parallelism over an axis that splits activation_length",
-    "logical_axis_rules",
-    lambda c: any(
-      getattr(c.mesh, key) != 1
-      for axis in c.mesh.logical_axis_rules.get("activation_length", ())
-      for key in c.mesh.keys(axis)
-    ),
-  ),
-  Need(
-    ("sa_block_q_dq", "sa_block_kv_dq"),
-    "sa_use_fused_bwd_kernel=false",
-    "sa_use_fused_bwd_kernel",
-    lambda c: not c.kernel.sa_use_fused_bwd_kernel,
-  ),
-)
 
 
 def of_run(config: Config, purpose: Purpose, environ: Mapping[str, str]) -> Iterator[Problem]:
@@ -305,11 +60,6 @@ def _unused(config: Config) -> Iterator[Problem]:
         if not _rests(config, key, need.decider):
           problem = f"has an effect only with {need.words}; set that, or leave {key} away"
           yield key, problem, need.decider
-
-
-def _rope_type(config: Config) -> str | None:
-  """None where the decoder block does not use it, which is complained of by itself."""
-  return config.architecture.rope_type if "rope_type" in config.block.uses else None
 
 
 def _rests(config: Config, key: str, decider: str) -> bool:
