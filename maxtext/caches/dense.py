@@ -20,10 +20,10 @@ class DenseCache:
   """A slot per token, in all layers of one block, of which `written` [l] are in use.
 
   All rows write to the same slots: prompts of different lengths are padded. More tokens than there
-  are slots must not be appended. `layer` is the one that is open; while the cache is `fresh`,
-  nothing is held yet, and new tokens see each other only. What is answered of new tokens is what
-  will be read of them later, so that a prompt may come at once or in parts. Tokens that see what
-  comes after them, in a span or a block, have to come in one part.
+  are slots must not be appended; `over` says if they have been. `layer` is the one that is open;
+  while the cache is `fresh`, nothing is held yet, and new tokens see each other only. What is
+  answered of new tokens is what will be read of them later, so that a prompt may come at once or in
+  parts. Tokens that see what comes after them, in a span or a block, have to come in one part.
   """
 
   store: Store
@@ -38,6 +38,11 @@ class DenseCache:
   @property
   def slots(self) -> int:
     return self.store.slots
+
+  @property
+  def over(self) -> jax.Array:
+    """Whether layers [l] have been given more tokens than there are slots."""
+    return self.written > self.slots
 
   def at(self, layer: jax.Array | None) -> DenseCache:
     """The same cache, open at one of its layers; None: closed."""
@@ -88,6 +93,11 @@ class RingCache(DenseCache):
   Prompts of different lengths are padded on the left: on the right, padding would take the places
   of tokens (in a RowCache it takes none).
   """
+
+  @property
+  def over(self) -> jax.Array:
+    """Never: the oldest give way."""
+    return jnp.zeros_like(self.written, bool)
 
   def append(
     self, k: jax.Array, v: jax.Array, mask: Mask

@@ -53,6 +53,11 @@ class PagedCache:
     """How many slots a page has."""
     return self.pool.slots
 
+  @property
+  def over(self) -> jax.Array:
+    """Whether layers and rows [l b] have been given tokens that are lost."""
+    return self.written > (self.table >= 0).sum(1) * self.page
+
   def at(self, layer: jax.Array | None) -> PagedCache:
     """The same cache, open at one of its layers; None: closed."""
     return dataclasses.replace(self, layer=layer)

@@ -51,6 +51,11 @@ class PromptCache:
     prompt = DenseCache.empty(size, rows, slots[0], storages[0])
     return cls(prompt, bounded(size, rows, slots[1], storages[1], reach).filled())
 
+  @property
+  def over(self) -> jax.Array:
+    """Whether layers [l] have been given more tokens than a part has slots."""
+    return self.prompt.over | self.generated.over
+
   def at(self, layer: jax.Array | None) -> PromptCache:
     """The same cache, open at one of its layers; None: closed."""
     parts = self.prompt.at(layer), self.generated.at(layer)

@@ -41,6 +41,11 @@ class RowCache:
   def slots(self) -> int:
     return self.store.slots
 
+  @property
+  def over(self) -> jax.Array:
+    """Whether layers and rows [l b] have been given tokens that are lost."""
+    return self.written > (jnp.iinfo(jnp.int32).max if self.ring else self.slots)
+
   def at(self, layer: jax.Array | None) -> RowCache:
     """The same cache, open at one of its layers; None: closed."""
     return dataclasses.replace(self, layer=layer)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from maxtext.errors import ConfigError, closest
 from maxtext.kernels.context import attend_split
@@ -101,6 +102,8 @@ def attend(
   Raises ConfigError when there is no such kernel, or with the kernel's words why it cannot serve.
   """
   options = Options(how) if isinstance(how, str) else how
+  if 0 in (*q.shape[:2], k.shape[1]):  # nobody sees anybody
+    return jnp.zeros((*q.shape[:3], v.shape[-1]), v.dtype)
   name = options.kernel
   if name != "autoselected" and name not in _kernels:
     known = ", ".join(["autoselected", *_kernels])

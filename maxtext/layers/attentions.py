@@ -18,6 +18,7 @@ from maxtext import caches, sharding
 from maxtext.caches import PagedCache, PromptCache, RowCache, kept
 from maxtext.errors import ConfigError
 from maxtext.kernels.held import dense
+from maxtext.layers import calls
 from maxtext.layers.as_linen import as_linen, keywords
 from maxtext.layers.grouped import Axes, GroupedAttention
 from maxtext.layers.keywords import AttentionType, Keywords, check_mode
@@ -25,7 +26,6 @@ from maxtext.layers.latent import LatentAttention
 from maxtext.layers.norms import L2Norm
 from maxtext.layers.params import DenseInitializer, nd_dense_init
 from maxtext.layers.vllm import Serving, ragged_paged_attention
-from maxtext.masks import Mask
 from maxtext.specs import GridRopeSpec, RopeSpec
 
 Part = tuple[jax.Array, jax.Array, jax.Array]  # keys, values [B, S, K, D], segment ids [B, S]
@@ -127,16 +127,20 @@ class Attention(GroupedAttention):
   ):
     given = Keywords({k: v for k, v in locals().items() if k in PUBLISHED})
     given.check()
-    self.rngs, self.name, self.mesh, self.layout = rngs, name, mesh, given.layout()
+    self.name, self.use_mrope = name, use_mrope
+    self.mesh, self.layout = mesh, given.layout()
     self.names, self.storages, self.slots = given.names(), given.storages(), given.slots()
     self.cache_kind = given.cache_kind()
     spec = given.spec()
     if (spec.latent is None) == isinstance(self, LatentAttention):
       raise ConfigError("attention_type", "'mla' is for the layer MLA, which takes no other")
-    width, kv_width = inputs_q_shape[-1], inputs_kv_shape[-1]
+    self.widths = width, kv_width = inputs_q_shape[-1], inputs_kv_shape[-1]
+    if spec.fused and width != kv_width:
+      raise ConfigError("fused_qkv", f"needs inputs of one width, not of {width} and {kv_width}")
     super().__init__(spec, width, given.compute(), rngs, kernel_init, kv_width)
+    self.rngs = rngs.fork()
     own = model_mode != "train" and self.cache_kind is not Serving
-    self.kv_cache = nnx.Cache(self.init_kv_caches(inputs_kv_shape)) if own else None
+    self.kv_cache = nnx.Cache(_closed(self.init_kv_caches(inputs_kv_shape))) if own else None
 
   def convert_dense_general_inputs_shape(
     self, inputs_shape: Sequence[int], axis: Iterable[int] | int = -1
@@ -186,8 +190,9 @@ class Attention(GroupedAttention):
     cache = self._opened(model_mode, previous_chunk is None, key.shape[0])
     if not isinstance(cache, PromptCache):
       raise ConfigError("update_kv_caches", "this layer's cache has one part; call the layer")
-    marks = (None, decoder_segment_ids, None)
-    mask = self._mask(key.shape, key.shape, marks, _written(cache))
+    rows, length = key.shape[:2]
+    tokens = calls.Tokens(None, decoder_segment_ids, None).check(rows, length, False)
+    mask = tokens.mask((length, length), rows, calls.written(cache))
     cache, *_ = cache.append(key, value, mask)
     self._keep(cache)
     parts = [cache.prompt, cache.generated if model_mode == "autoregressive" else None]
@@ -241,48 +246,39 @@ class Attention(GroupedAttention):
     """
     _refuse_rope_kwargs(rope_kwargs)
     check_mode(model_mode)
-    where = inputs_positions
-    if model_mode == "autoregressive" and where is None:
+    calls.check_inputs({"inputs_q": inputs_q, "inputs_kv": inputs_kv}, self.widths)
+    parts = {"previous_chunk": previous_chunk, "slot": slot}
+    pages = {"kv_cache": kv_cache, "attention_metadata": attention_metadata}
+    calls.check_cached(model_mode, parts, self.cache_kind is Serving, pages)
+    if model_mode == "autoregressive" and inputs_positions is None:
       raise ConfigError("inputs_positions", "must be given where earlier tokens are in a cache")
-    serving = Serving(kv_cache, attention_metadata)
-    cache = self._cache(model_mode, previous_chunk, slot, inputs_kv.shape[0], serving)
-    marks = (where, decoder_segment_ids, bidirectional_mask)
-    mask = self._mask(inputs_q.shape, inputs_kv.shape, marks, _written(cache))
-    several = where if where is not None and where.ndim == 3 else None
-    kv, seed = None if inputs_kv is inputs_q else inputs_kv, self._seed(deterministic)
+    (rows, length), kv_length = inputs_q.shape[:2], inputs_kv.shape[1]
+    if model_mode != "train" and length != kv_length:
+      raise ConfigError("inputs_kv", "a cache keeps the tokens of inputs_q; give it their length")
+    tokens = calls.Tokens(inputs_positions, decoder_segment_ids, bidirectional_mask)
+    tokens = tokens.check(rows, length, self.use_mrope)
+    cache = self._cache(model_mode, previous_chunk, slot, rows, Serving(*pages.values()))
+    own = cache is not None and not isinstance(cache, Serving)
+    mask = tokens.mask((length, kv_length), rows, calls.written(cache) if own else 0)
+    x, seed = self._cast(inputs_q), self._seed(deterministic)
+    kv = None if inputs_kv is inputs_q else self._cast(inputs_kv)
     with sharding.use(self.layout or sharding.active()):
       names = self.names[model_mode]
-      out, cache = super().__call__(inputs_q, mask, cache, seed, kv, several, names)
+      out, cache = super().__call__(x, mask, cache, seed, kv, tokens.several, names)
       out = out if out_sharding is None else jax.lax.with_sharding_constraint(out, out_sharding)
-    return out, kv_cache if cache is None else self._keep(cache, slot, kv_cache)
+    if not own:
+      return out, cache.pages if isinstance(cache, Serving) else kv_cache
+    out = calls.held_all(cache, out)
+    self._keep(cache, slot)
+    return out, kv_cache
 
   def _seed(self, deterministic: bool) -> jax.Array | None:
     """What draws dropout, if there is any."""
     if deterministic or not self.spec.dropout:
       return None
+    if "dropout" not in self.rngs and "default" not in self.rngs:
+      raise ConfigError("dropout_rate", "needs rngs={'dropout': key}, or deterministic=True")
     return jax.random.bits(self.rngs.dropout(), (2,), jnp.uint32)
-
-  def _mask(
-    self,
-    inputs_q_shape: tuple[int, ...],
-    inputs_kv_shape: tuple[int, ...],
-    marks: tuple[jax.Array | None, jax.Array | None, jax.Array | None],
-    start: jax.Array | int,
-  ) -> Mask:
-    """Who may see whom among inputs with such positions, segment ids and marks of both ways.
-
-    Positions that are not given count from `start`; of those on three axes, none is the order.
-    """
-    order = lambda shape: start + jnp.broadcast_to(jnp.arange(shape[1]), shape[:2])
-    positions, segments, both_ways = marks
-    plain = positions is None or positions.ndim == 3
-    q_pos = order(inputs_q_shape) if plain else positions
-    spans = None if both_ways is None else _runs(both_ways)
-    if inputs_kv_shape[1] == inputs_q_shape[1]:
-      return Mask.of(q_pos, segments, spans, ordered=positions is None)
-    if segments is not None or spans is not None:
-      raise ConfigError("decoder_segment_ids", "are of one sequence; inputs_kv has another length")
-    return Mask(q_pos, order(inputs_kv_shape))
 
   def _cache(
     self, mode: str, previous_chunk: Any, slot: int | None, rows: int, serving: Serving
@@ -293,7 +289,8 @@ class Attention(GroupedAttention):
     if self.cache_kind is Serving:
       return serving
     cache = self._opened(mode, previous_chunk is None and slot is None, rows)
-    if (wanted := _rows(cache) if slot is None else 1) != rows:
+    calls.check_slot(slot, calls.rows(cache))
+    if (wanted := calls.rows(cache) if slot is None else 1) != rows:
       raise ConfigError("inputs_q", f"{rows} rows, but {wanted} are to be continued in the cache")
     if slot is None:
       return cache
@@ -315,15 +312,12 @@ class Attention(GroupedAttention):
       cache = cache.into(mode)
     return cache.at(jnp.int32(0))
 
-  def _keep(self, cache: Any, slot: int | None = None, given: Any = None) -> Any:
-    """Keep what the call has appended; what it returns as the cache it was `given`."""
-    if isinstance(cache, Serving):
-      return cache.pages
-    cache = cache.at(None).filled()
+  def _keep(self, cache: Any, slot: int | None = None) -> None:
+    """Keep what a call has appended."""
+    cache = _closed(cache)
     self.kv_cache.set_value(
       cache if slot is None else self.kv_cache.get_value().insert(cache, slot)
     )
-    return given
 
   def _attend(self, q, k, v, mask, cache, seed):
     if not isinstance(cache, Serving):
@@ -364,26 +358,10 @@ attention_as_linen.__signature__ = mla_as_linen.__signature__ = keywords(Attenti
 PUBLISHED = frozenset(keywords(Attention).parameters)
 
 
-def _runs(marked: jax.Array) -> jax.Array:
-  """bool [B, T] -> whole numbers [B, T]: the number of the run of True that a token is in, or 0."""
-  begins = marked & ~jnp.pad(marked, [(0, 0), (1, 0)])[:, :-1]
-  return jnp.where(marked, jnp.cumsum(begins, axis=1), 0)
-
-
-def _written(cache: Any) -> jax.Array | int:
-  """How many tokens a layer's cache has been given: of each row [B 1], or of all."""
-  if cache is None or isinstance(cache, Serving):
-    return 0
-  if isinstance(cache, PromptCache):
-    return cache.prompt.written[0] + cache.generated.written[0]
-  return cache.written[0][:, None]
-
-
-def _rows(cache: Any) -> int:
-  """For how many rows a layer's cache is."""
-  if isinstance(cache, PromptCache):
-    return cache.prompt.store.rows
-  return cache.written.shape[1]
+def _closed(cache: Any) -> Any:
+  """A cache as it is kept between calls: of one structure, that loops may carry it."""
+  cache = cache.at(None).filled()
+  return cache.into("prefill") if isinstance(cache, PromptCache) else cache
 
 
 def _part(answer: tuple) -> Part:

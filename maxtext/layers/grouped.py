@@ -49,6 +49,13 @@ class Names:
 
 
 PLAIN = Names()
+PROJECTIONS = ("key", "value")
+
+
+def check_projection(name: str) -> None:
+  """Raises ValueError for what is neither the keys nor the values."""
+  if name not in PROJECTIONS:
+    raise ValueError(f"proj_name must be 'key' or 'value', but got {name}")
 
 
 class GroupedAttention(nnx.Module):
@@ -88,7 +95,9 @@ class GroupedAttention(nnx.Module):
 
   def query_projection(self, inputs_q: jax.Array) -> jax.Array:
     """inputs [b t d] -> queries [b t h k], before norm and rotation; with a gate, [b t h 2k]."""
-    return self.query(inputs_q)
+    if self.spec.fused:
+      return self.qkv_projection(inputs_q)[0]
+    return self.query(self._cast(inputs_q))
 
   def init_kv_w(self, inputs_kv_shape: tuple[int, ...], rngs: nnx.Rngs | None = None) -> Dense:
     """The projection [.. d] -> [.. g k] of inputs of this shape."""
@@ -98,9 +107,11 @@ class GroupedAttention(nnx.Module):
 
   def kv_projection(self, inputs_kv: jax.Array, proj_name: str) -> jax.Array:
     """inputs [b s d] -> 'key' or 'value' [b s g k], before norm and rotation."""
-    if proj_name not in ("key", "value"):
-      raise ValueError(f"proj_name must be 'key' or 'value', but got {proj_name}")
-    return (self.key if proj_name == "key" or self.spec.share_kv else self.value)(inputs_kv)
+    check_projection(proj_name)
+    if self.spec.fused:
+      return self.qkv_projection(inputs_kv)[1 if proj_name == "key" else 2]
+    own = self.key if proj_name == "key" or self.spec.share_kv else self.value
+    return own(self._cast(inputs_kv))
 
   def init_qkv_w(self, inputs_shape: tuple[int, ...], rngs: nnx.Rngs | None = None) -> Dense:
     """The projection [.. d] -> [.. g r k]: of each group its h / g queries, its key, its value.
@@ -113,8 +124,11 @@ class GroupedAttention(nnx.Module):
     return self._dense(rngs, "btd,dgrk->btgrk", spec.bias, **axes)
 
   def qkv_projection(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """inputs [b t d] -> queries [b t h k], keys and values [b t g k], by one product."""
-    y = self.qkv_proj(inputs)
+    """inputs [b t d] -> queries [b t h k], keys and values [b t g k]; if fused, by one product."""
+    if not self.spec.fused:
+      kv = (self.kv_projection(inputs, name) for name in PROJECTIONS)
+      return self.query_projection(inputs), *kv
+    y = self.qkv_proj(self._cast(inputs))
     b, t, g, r, k = y.shape
     return y[:, :, :, :-2].reshape(b, t, g * (r - 2), k), y[:, :, :, -2], y[:, :, :, -1]
 
@@ -132,7 +146,11 @@ class GroupedAttention(nnx.Module):
 
   def out_projection(self, out: jax.Array) -> jax.Array:
     """[b t h k] -> [b t d]."""
-    return self.out(out)
+    return self.out(self._cast(out))
+
+  def _cast(self, x: jax.Array) -> jax.Array:
+    """x in the dtype in which the layer computes."""
+    return x.astype(self.compute.dtype)
 
   def _dense(self, rngs: nnx.Rngs | None, equation: str, bias: bool, **axes: int) -> Dense:
     return Dense(rngs or self.rngs, self.compute, equation, bias=bias, init=self.init, **axes)
@@ -173,7 +191,7 @@ class GroupedAttention(nnx.Module):
     self, x: jax.Array, kv: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """x [b t d], kv [b s d] -> queries, keys, values, and the gate [b t h k] if there is one."""
-    if self.spec.fused:
+    if self.spec.fused and kv is x:
       return *self.qkv_projection(x), None
     q, gate = self.query_projection(x), None
     if self.spec.gate:

@@ -45,6 +45,24 @@ class AttentionType(enum.Enum):
   BLOCK_DIFFUSION = "block_diffusion"
 
 
+_GIVEN_AS = {  # a field of the spec, or of what is in it -> the keyword or key that sets it
+  "heads": "num_query_heads",
+  "kv_heads": "num_kv_heads",
+  "soft_cap": "attn_logits_soft_cap",
+  "dropout": "dropout_rate",
+  "scale": "query_pre_attn_scalar",
+  "bias": "use_bias_in_projections",
+  "share_kv": "share_kv_projections",
+  "fused": "fused_qkv",
+  "sink": "attention_sink",
+  "qk_norm": "use_qk_norm",
+  "sizes": "mrope_section",
+  "rope.sections": "mrope_section",
+  "rope.fraction": "partial_rotary_factor",
+  "fraction": "partial_rotary_factor",
+  "floor_scale": "temperature_tuning_floor_scale",
+}
+_TURNS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of rope_type llama3.1
 MODES = ("train", "prefill", "autoregressive")
 COMPUTE_ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3))
 
@@ -60,13 +78,8 @@ class Keywords:
 
   def setting(self, key: str, default: Any = None) -> Any:
     """A key of the run's configuration, wherever it stands in it; `default` where it has none."""
-    for holder in _holders(self.config):
-      value = (
-        holder.get(key, default) if isinstance(holder, Mapping) else getattr(holder, key, None)
-      )
-      if value is not None:
-        return value
-    return default
+    found = (_held(holder, key) for holder in _holders(self.config))
+    return next((value for value in found if value is not None), default)
 
   def check(self) -> None:
     """Raises ValueError or ConfigError for what no layer can be made from."""
@@ -80,10 +93,15 @@ class Keywords:
       known = " or ".join(map(str, COMPUTE_ORDERS))
       raise ValueError(f"compute_axis_order must be {known}, but got {self.compute_axis_order}")
     check_mode(self.model_mode)
+    if isinstance(self.config, str):
+      raise ConfigError("config", f"{self.config!r} is a name; give the configuration, loaded")
     if self.use_mrope and not self.mrope_section:
       raise ConfigError("mrope_section", f"{self.mrope_section}: use_mrope needs three numbers")
     if self.quant is not None:
       raise ConfigError("quant", "products of quantised weights are not there yet; use None")
+    mla = attention_type(self.attention_type) is AttentionType.MLA
+    if mla and self.attention_kernel == "vllm_rpa":
+      raise ConfigError("attention_kernel", "'vllm_rpa' has no latents; MLA takes any other")
     if self.model_mode != "train" and not self.prompt_length < self.max_target_length:
       raise ConfigError(
         "max_prefill_predict_length",
@@ -121,7 +139,13 @@ class Keywords:
     return first, second
 
   def spec(self) -> AttentionSpec:
-    """What the layer computes."""
+    """What the layer computes. Raises ConfigError at the keyword that it cannot be made from."""
+    try:
+      return self._spec()
+    except ConfigError as e:
+      raise ConfigError(_GIVEN_AS.get(e.where, e.where), e.problem) from None
+
+  def _spec(self) -> AttentionSpec:
     kind = attention_type(self.attention_type)
     latent = self.latent() if kind is AttentionType.MLA else None
     tempered = self.temperature_tuning and self.is_nope_layer
@@ -215,6 +239,7 @@ class Keywords:
       "min_timescale": self.setting("rope_min_timescale", 1),
       "fraction": self.setting("partial_rotary_factor", 1.0),
       "sections": SectionsSpec(tuple(self.mrope_section)) if self.use_mrope else None,
+      "interleave": self.setting("rope_interleave", name == "yarn"),
     }
     if name not in ROPE_TYPES:
       near = closest(name, ROPE_TYPES)
@@ -224,21 +249,22 @@ class Keywords:
     length = self.setting("original_max_position_embeddings", length)
     if scaling is YarnScaling:
       parts["scaling"] = self._yarn(factor, length)
-      parts["interleave"] = self.setting("rope_interleave", True)
     elif scaling is not None and self.setting("rope_use_scale", True):
-      parts["scaling"] = scaling(factor=factor, original_length=length)
+      turns = {name: self.setting(f"rope_{name}", turn) for name, turn in _TURNS.items()}
+      parts["scaling"] = scaling(factor=factor, original_length=length, **turns)
     else:
       parts["factor"] = self.setting("rope_linear_scaling_factor", 1.0)
     return RopeSpec(**parts)
 
   def _yarn(self, factor: float, length: int) -> YarnScaling:
+    scaled = self.setting("rope_attention_scaling", False)
     return YarnScaling(
       factor=factor,
       original_length=length,
       beta_fast=self.setting("beta_fast", 32),
       beta_slow=self.setting("beta_slow", 1),
       truncate=self.setting("rope_truncate", True),
-      attention_factor=None if self.setting("rope_attention_scaling", False) else 1.0,
+      attention_factor=self.setting("rope_attention_factor") if scaled else 1.0,
     )
 
   def kernels(self) -> tuple[str, str | None]:
@@ -314,7 +340,17 @@ def _cache_quant(given: Any) -> CacheQuantSpec | None:
     problem = f"{given!r} is not a CacheQuantSpec, and has no dtype and axis_cfg"
     raise ConfigError("kv_quant", problem)
   name = str(jnp.dtype(given.dtype))
-  return CacheQuantSpec("fp8" if name.startswith("float8") else name, given.axis_cfg)
+  return CacheQuantSpec("fp8" if name == "float8_e4m3fn" else name, given.axis_cfg)
+
+
+def _held(holder: Any, key: str) -> Any:
+  """What an object or a mapping has under a key; None where it has none, whatever it raises."""
+  if isinstance(holder, Mapping):
+    return holder.get(key)
+  try:
+    return getattr(holder, key, None)
+  except (KeyError, ValueError):
+    return None
 
 
 def _holders(config: Any) -> Iterator[Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxtext.kernels.held import dense
-from maxtext.layers.grouped import C, GroupedAttention, Names
+from maxtext.layers.grouped import C, GroupedAttention, Names, check_projection
 from maxtext.layers.norms import make_norm
 from maxtext.layers.params import Compute, Dense, DenseInitializer, contract
 from maxtext.masks import Mask
@@ -44,18 +44,19 @@ class LatentAttention(GroupedAttention):
       self.q_norm = norm(low.q_rank)
       heads = {"q_heads": spec.heads, "kv": spec.head_dim}
       self.wq_b = self._dense(rngs, "btr,rhk->bthk", False, q_lora=low.q_rank, **heads)
-    down, up = low.kv_rank + low.rope_dim, low.nope_dim + low.value_dim
+    down = low.kv_rank + low.rope_dim
     self.wkv_a = self._dense(
       rngs, "btd,dr->btr", low.bias, embed=kv_width or width, kv_lora_up_proj=down
     )
     self.kv_norm = norm(low.kv_rank)
-    self.wkv_b = self.init_kv_w((low.kv_rank, spec.heads, up), rngs)
+    self.wkv_b = self.init_kv_w((0, 0, low.kv_rank), rngs)
     self.out = self.init_out_w(width, rngs)
 
   def init_kv_w(self, inputs_kv_shape: tuple[int, ...], rngs: nnx.Rngs | None = None) -> Dense:
-    """The expansion [.. r] -> [.. h k] of latents, for these (rank, heads, channels)."""
-    rank, heads, channels = inputs_kv_shape
-    axes = {"kv_lora": rank, "kv_heads": heads, "kv_head_dim": channels}
+    """The expansion [.. r] -> [.. h k] of latents of this shape, into keys and values together."""
+    low = self.spec.latent
+    heads = {"kv_heads": self.spec.heads, "kv_head_dim": low.nope_dim + low.value_dim}
+    axes = {"kv_lora": inputs_kv_shape[-1], **heads}
     return self._dense(rngs, "btr,rhk->bthk", False, **axes)
 
   @property
@@ -65,13 +66,23 @@ class LatentAttention(GroupedAttention):
 
   def query_projection(self, inputs_q: jax.Array) -> jax.Array:
     """inputs [b t d] -> queries [b t h k], before the rotation of their last channels."""
+    x = self._cast(inputs_q)
     if self.spec.latent.q_rank is None:
-      return self.query(inputs_q)
-    return self.wq_b(self.q_norm(self.wq_a(inputs_q)))
+      return self.query(x)
+    return self.wq_b(self.q_norm(self.wq_a(x)))
+
+  def kv_projection(self, inputs_kv: jax.Array, proj_name: str) -> jax.Array:
+    """inputs [b s d] -> 'key' [b s h k], whose last channels are not rotated, or 'value' [b s h v].
+
+    The layer itself expands latents later, after the rotation, and after they have been cached.
+    """
+    check_projection(proj_name)
+    return self.expand(*self.latent_projection(inputs_kv))[0 if proj_name == "key" else 1]
 
   def latent_projection(self, inputs_kv: jax.Array) -> tuple[jax.Array, jax.Array]:
     """inputs [b s d] -> normalised latents [b s 1 r] and shared keys [b s 1 k] to be rotated."""
-    latent, shared = jnp.split(self.wkv_a(inputs_kv), [self.spec.latent.kv_rank], axis=-1)
+    both = self.wkv_a(self._cast(inputs_kv))
+    latent, shared = jnp.split(both, [self.spec.latent.kv_rank], axis=-1)
     return self.kv_norm(latent)[:, :, None], shared[:, :, None]
 
   def expand(self, latent: jax.Array, shared: jax.Array) -> tuple[jax.Array, jax.Array]:

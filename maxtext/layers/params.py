@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from maxtext import kernels, sharding
 from maxtext.layers.sections import Experts
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
-DenseInitializer = Callable[..., jax.Array]  # (key, shape, dtype, in_axis, out_axis)
+DenseInitializer = Callable[..., jax.Array]  # (key, shape, dtype), or these and in_axis, out_axis
 
 
 DROPLESS = Experts(
@@ -59,6 +60,14 @@ def nd_dense_init(scale: float, mode: str, distribution: str) -> DenseInitialize
     return draw(key, shape, dtype)
 
   return init_fn
+
+
+def _drawn(
+  init: DenseInitializer, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, *axes: Any
+) -> jax.Array:
+  """A kernel of this shape; plain initialisers, as those of jax.nn, are not told its axes."""
+  by_axes = len(inspect.signature(init).parameters) > 4  # the fourth of jax.nn is a sharding
+  return init(key, shape, dtype, *axes) if by_axes else init(key, shape, dtype)
 
 
 def param(rngs: nnx.Rngs, init: Initializer, dtype: jnp.dtype, /, **axes: int) -> nnx.Param:
@@ -153,7 +162,7 @@ class Dense(nnx.Module):
     contracted = [i for i, letter in enumerate(b) if letter in a]
     kept = [i for i in range(len(b)) if i not in contracted]
     init = init or nd_dense_init(1.0, "fan_in", "truncated_normal")
-    draw = functools.partial(init, in_axis=contracted, out_axis=kept)
+    draw = lambda key, shape, dtype: _drawn(init, key, shape, dtype, contracted, kept)
     self.equation, self.compute = equation, compute
     self.kernel = param(rngs, draw, compute.weight_dtype, **axes)
     new = {name: size for i, (name, size) in enumerate(axes.items()) if i in kept}

@@ -110,3 +110,12 @@ def test_every_option_of_the_blocks_has_its_key():
   made = kernels.Options.of("flash", lambda key, default: given[key])
   assert made.context == given[options.CONTEXT]
   assert all(getattr(made.blocks, name) == given[key] for name, key in options.KEYS.items())
+
+
+@pytest.mark.parametrize("name", ["autoselected", "dot_product", "blockwise", "ragged"])
+@pytest.mark.parametrize("rows, queries, keys", [(2, 0, 4), (2, 3, 0), (0, 3, 3)])
+def test_nothing_sees_nothing_and_gets_zeros(name, rows, queries, keys):
+  q, k = jnp.ones((rows, queries, 4, 8)), jnp.ones((rows, keys, 2, 8))
+  mask = Mask(jnp.zeros((rows, queries), int), jnp.zeros((rows, keys), int))
+  run = lambda q: kernels.attend(name, q, k, k, mask, kernels.Scores(1.0))
+  assert run(q).shape == q.shape and not run(q).any()

@@ -107,6 +107,10 @@ PARTIAL = types.SimpleNamespace(rope_max_timescale=100, partial_rotary_factor=0.
 LOCAL = types.SimpleNamespace(rope_max_timescale=100, local_rope_max_timescale=20)
 
 
+SLIDING = {"attention_type": AttentionType.LOCAL_SLIDING, "sliding_window_size": 5}
+LATENTS = {"attention_type": AttentionType.MLA, "num_kv_heads": 4, "head_dim": 10}
+
+
 def keywords(**more):
   shape = (ROWS, LENGTH, WIDTH)
   given = dict(zip(REQUIRED, (PLAIN, 4, 2, 8, LENGTH, None, "dot_product", shape, shape)))
@@ -181,7 +185,17 @@ def test_a_caller_may_pass_every_keyword_by_name():
     ({"rope_type": "yarm"}, "rope_type: 'yarm' is none of .*did you mean 'yarn'"),
     ({"ar_cache_axis_order": (0, 0, 1, 2)}, "ar_cache_axis_order: '0,0,1,2' is not an order"),
     ({"attention_kernel": "flsh", "attention_type": AttentionType.FULL}, "'flsh' is not a kernel"),
-    ({"use_mrope": True, "mrope_section": (1, 1, 1)}, "sections: .* sum is 4"),
+    ({"use_mrope": True, "mrope_section": (1, 1, 1)}, "mrope_section: .* sum is 4"),
+    ({"num_query_heads": 0}, "num_query_heads: 0 is not at least 1"),
+    ({"dropout_rate": 1.0}, "dropout_rate: 1.0 is not from 0"),
+    ({"attn_logits_soft_cap": -1.0}, "attn_logits_soft_cap: -1.0 is not above 0"),
+    ({"config": "base.yml"}, "config: 'base.yml' is a name; give the configuration"),
+    (
+      {"kv_quant": types.SimpleNamespace(dtype=jnp.float8_e5m2, axis_cfg="dkv")},
+      "kv_quant_dtype: 'float8_e5m2' is none of int8, int4, fp8",
+    ),
+    (LATENTS | {"config": LATENT, "attention_kernel": "vllm_rpa"}, "'vllm_rpa' has no latents"),
+    ({"config": FUSED, "inputs_kv_shape": (ROWS, LENGTH, 16)}, "fused_qkv: needs inputs of one w"),
     (
       {"model_mode": "prefill", "max_prefill_predict_length": LENGTH},
       "max_prefill_predict_length: 30 leaves no room",
@@ -191,6 +205,77 @@ def test_a_caller_may_pass_every_keyword_by_name():
 def test_what_cannot_be_served_is_refused_in_words(wrong, text):
   with pytest.raises(ValueError, match=text):
     make(**wrong)(inputs(), inputs())
+
+
+T, ALL = 6, (2, 6)
+CACHED = {"model_mode": "prefill", "max_prefill_predict_length": 4}
+
+
+@pytest.mark.parametrize(
+  "made, given, text",
+  [
+    ({}, {"inputs_q": (2, T, 16)}, r"inputs_q: has shape \(2, 6, 16\), .* length, 32\)"),
+    ({}, {"inputs_kv": (2, T, 16)}, r"inputs_kv: has shape .*as inputs_kv_shape says"),
+    ({}, {"inputs_q": (T, WIDTH)}, r"inputs_q: has shape \(6, 32\)"),
+    ({}, {"inputs_kv": (1, T, WIDTH)}, "inputs_kv: has 1 rows, but inputs_q has 2"),
+    ({}, {"inputs_positions": (T,)}, r"inputs_positions: has shape \(6,\); .* need \(2, 6\)$"),
+    ({}, {"inputs_positions": (2, 5)}, "inputs_positions: has shape"),
+    ({}, {"inputs_positions": (*ALL, 3)}, "inputs_positions: has shape"),
+    ({}, {"decoder_segment_ids": (2, 5)}, "decoder_segment_ids: has shape"),
+    ({}, {"decoder_segment_ids": jnp.ones(ALL, bool)}, "decoder_segment_ids: is of bool"),
+    ({}, {"bidirectional_mask": jnp.ones((2, 1, T, T), bool)}, "bidirectional_mask: has shape"),
+    ({}, {"bidirectional_mask": ALL}, "bidirectional_mask: is of int32; give booleans"),
+    ({}, {"inputs_kv": (2, 5, WIDTH), "decoder_segment_ids": ALL}, "inputs_kv has another length"),
+    ({}, {"rope_kwargs": {"height": 3}}, "rope_kwargs: height: .* takes none"),
+    ({}, {"slot": 1}, "slot: means nothing in model_mode='train'"),
+    ({}, {"previous_chunk": 1}, "previous_chunk: means nothing in model_mode='train'"),
+    ({}, {"kv_cache": 1}, "kv_cache: is for a layer with attention_kernel='vllm_rpa'"),
+    ({}, {"attention_metadata": 1}, "attention_metadata: is for a layer with"),
+    (CACHED, {"inputs_kv": (2, 5, WIDTH), "model_mode": "prefill"}, "inputs_kv: a cache keeps"),
+    (CACHED | {"use_ragged_attention": True}, {"slot": 2, "model_mode": "prefill"}, "slot: 2 is n"),
+    ({"dropout_rate": 0.5}, {}, r"dropout_rate: needs rngs=\{'dropout': key\}"),
+  ],
+)
+def test_a_call_that_means_nothing_is_refused_in_words(made, given, text):
+  number = {"inputs_q": jnp.float32, "inputs_kv": jnp.float32}
+  arrays = {"inputs_q": (2, T, WIDTH), "inputs_kv": (2, T, WIDTH)} | given
+  ready = {n: jnp.ones(x, number.get(n, int)) if type(x) is tuple else x for n, x in arrays.items()}
+  layer = Attention(**keywords(**made), rngs=nnx.Rngs(params=0))
+  with pytest.raises(ConfigError, match=text):
+    layer(ready.pop("inputs_q"), ready.pop("inputs_kv"), **ready)
+
+
+def test_it_computes_in_its_dtype_whatever_the_inputs_are():
+  x, layer = inputs(), make(dtype=jnp.bfloat16)
+  assert layer(x, x)[0].dtype == layer.query_projection(x).dtype == jnp.bfloat16
+  np.testing.assert_array_equal(layer(x, x)[0], layer(*[x.astype(jnp.bfloat16)] * 2)[0])
+  assert make()(*[x.astype(jnp.bfloat16)] * 2)[0].dtype == jnp.float32
+
+
+def test_a_configuration_may_raise_what_it_will_for_a_key_that_it_lacks():
+  class Keys:
+    def __init__(self, kind):
+      self.kind = kind
+
+    def __getattr__(self, key):
+      raise self.kind(f"Requested key {key}, not in config")
+
+  for kind in (ValueError, KeyError, AttributeError):
+    assert make(config=Keys(kind)).spec == make(config=None).spec
+
+
+def test_rotary_keys_of_the_configuration_are_honoured():
+  keys = {"rope_low_freq_factor": 2, "rope_high_freq_factor": 5, "rope_interleave": True}
+  rope = make(rope_type="llama3.1", config=keys).spec.rope
+  assert (rope.scaling.low_freq_factor, rope.scaling.high_freq_factor) == (2, 5)
+  assert rope.interleave and not make().spec.rope.interleave
+  keys = {"rope_attention_scaling": True, "rope_attention_factor": 1.5}
+  assert make(rope_type="yarn", config=keys).spec.rope.scaling.attention_factor == 1.5
+
+
+def test_plain_initialisers_draw_kernels_too():
+  layer = make(kernel_init=jax.nn.initializers.constant(0.5))
+  assert (layer.query.kernel[...] == 0.5).all() and (layer.out.kernel[...] == 0.5).all()
 
 
 def test_a_projection_has_two_names():
@@ -219,6 +304,34 @@ def test_every_published_method_works_alone():
   assert empty.prompt.slots + empty.generated.slots == LENGTH
 
 
+def test_projections_mean_the_same_apart_fused_and_by_latents():
+  x = inputs(5)
+  for layer, keys in (
+    (make(), (2, 8)),
+    (make(config=FUSED), (2, 8)),
+    (make(MLA, **LATENTS, config=LATENT), (4, 10)),
+  ):
+    q, k, v = layer.qkv_projection(x)
+    assert q.shape[2:] == (4, keys[1]) and k.shape[2:] == keys
+    assert v.shape[-1] == layer.out_head_dim
+    assert_close(layer.query_projection(x), q)
+    assert_close(layer.kv_projection(x, "key"), k)
+    assert_close(layer.kv_projection(x, "value"), v)
+    with pytest.raises(ValueError, match="'key' or 'value', but got query"):
+      layer.kv_projection(x, "query")
+
+
+def test_a_fused_layer_makes_keys_from_the_other_inputs():
+  layer, x, y = make(config=FUSED), inputs(6), inputs(6, seed=1)
+  apart = make()
+  for name, part in zip(
+    ("query", "key", "value"), jnp.split(layer.qkv_proj.kernel[...], [2, 3], 2)
+  ):
+    getattr(apart, name).kernel.set_value(part.reshape(WIDTH, -1, 8))
+  apart.out.kernel.set_value(layer.out.kernel[...])
+  assert_close(layer(x, y)[0], apart(x, y)[0])
+
+
 def test_the_query_scale_is_replaced_by_the_scalar():
   plain, scaled = make(), make(query_pre_attn_scalar=8**-0.5)
   assert_close(plain(inputs(), inputs())[0], scaled(inputs(), inputs())[0])
@@ -233,8 +346,6 @@ def test_the_query_scale_is_replaced_by_the_scalar():
 # -- modes: a prompt, then token by token, is one pass ----------------------------------------
 
 
-SLIDING = {"attention_type": AttentionType.LOCAL_SLIDING, "sliding_window_size": 5}
-LATENTS = {"attention_type": AttentionType.MLA, "num_kv_heads": 4, "head_dim": 10}
 MODES = {
   "global": {},
   "one kv head": {"num_kv_heads": 1},
@@ -377,6 +488,71 @@ def test_a_mesh_needs_rules():
     make(mesh=mesh)
 
 
+@pytest.mark.parametrize(
+  "options", [{}, {"use_ragged_attention": True}, {"attention_kernel": "paged"}]
+)
+def test_a_token_beyond_the_last_slot_is_noticed(options):
+  layer, x = make(**options, max_target_length=8, **CACHED, ragged_block_size=8), inputs(4)
+  layer(x, x, model_mode="prefill")
+  if not options:
+    with pytest.raises(ConfigError, match="no slot left .* max_prefill_predict_length"):
+      layer(x, x, model_mode="prefill", previous_chunk=1)
+  one, found = x[:, :1], []
+  for i in range(4, 9):
+    found.append(bool(jnp.isnan(step(layer, one, places(i, i + 1), "autoregressive")).any()))
+  assert found == [False] * 4 + [True]  # in a compiled program numbers that are none say so
+  with pytest.raises(ConfigError, match="max_target_length: the cache has no slot left"):
+    layer(one, one, places(9, 10), model_mode="autoregressive")
+
+
+def test_a_ring_never_runs_full():
+  layer, x = make(**SLIDING, max_target_length=14, **CACHED), inputs(4)
+  layer(x, x, model_mode="prefill")
+  for i in range(4, 20):
+    out = step(layer, x[:, :1], places(i, i + 1), "autoregressive")
+  assert np.isfinite(out).all()
+
+
+def test_a_loop_may_carry_the_cache():
+  layer = make(**CACHED, max_target_length=9)
+  x, whole = inputs(9), make()(inputs(9), inputs(9))[0]
+  layer(x[:, :4], x[:, :4], model_mode="prefill")
+
+  @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+  def generate(layer, i):
+    token = jax.lax.dynamic_slice_in_dim(x, i, 1, 1)
+    at = jnp.full((ROWS, 1), i)
+    return layer, layer(token, token, at, model_mode="autoregressive")[0][:, 0]
+
+  _, out = generate(layer, jnp.arange(4, 9))
+  assert_close(jnp.moveaxis(out, 0, 1), whole[:, 4:])
+
+
+def test_layers_may_be_stacked_and_scanned():
+  @nnx.split_rngs(splits=2)
+  @nnx.vmap
+  def build(rngs):
+    return Attention(**keywords(dropout_rate=0.5), rngs=rngs)
+
+  layers, x = build(nnx.Rngs(0)), inputs(4)
+
+  @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+  def run(x, layer):
+    return layer(x, x, deterministic=True)[0]
+
+  @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+  def noisy(x, layer):
+    return layer(x, x)[0]
+
+  one, truth = make(), x
+  for i in range(2):
+    for name in ("query", "key", "value", "out"):
+      getattr(one, name).kernel.set_value(getattr(layers, name).kernel[...][i])
+    truth = one(truth, truth)[0]
+  assert_close(run(x, layers), truth)
+  assert np.abs(noisy(x, layers) - noisy(x, layers)).max() > 0.01
+
+
 def test_keys_and_values_are_kept_in_both_parts():
   layer = make(model_mode="prefill", max_prefill_predict_length=PROMPT)
   kv = jnp.asarray(np.random.default_rng(1).normal(size=(2, ROWS, 5, 2, 8)), jnp.float32)
@@ -422,6 +598,20 @@ def test_marked_runs_see_each_other_both_ways():
   i, j = np.indices((12, 12))
   wanted = (j <= i) | ((run[i] == run[j]) & (run[i] > 0))
   np.testing.assert_array_equal(seen_by(make(), inputs(12), bidirectional_mask=marked), wanted)
+
+
+def test_marked_runs_of_a_prompt_in_parts_are_runs_of_their_own():
+  """Without numbers of their own, a run of the second part would see one of the first part."""
+  x, marked = inputs(8), jnp.tile(jnp.array([1, 1, 0, 0, 0, 1, 1, 0], bool), (ROWS, 1))
+  for options in ({}, {"use_ragged_attention": True}):
+    options |= {"attention_type": "local_sliding", "sliding_window_size": 2}
+    whole = make(**options)(x, x, bidirectional_mask=marked)[0]
+    layer = make(**options, model_mode="prefill")
+    out = []
+    for part in (slice(0, 4), slice(4, 8)):
+      more = {"previous_chunk": part.start or None, "bidirectional_mask": marked[:, part]}
+      out.append(layer(x[:, part], x[:, part], model_mode="prefill", **more)[0])
+    assert_close(jnp.concatenate(out, 1), whole)
 
 
 def test_other_inputs_than_the_queries_may_be_attended_to():
@@ -514,6 +704,36 @@ def test_linen_gives_the_same_bits():
     getattr(layer, name).kernel.set_value(boxed.value)
   ours = jax.jit(lambda v, x: module.apply(v, x, x)[0])(variables, x)
   np.testing.assert_array_equal(ours, nnx.jit(lambda layer, x: layer(x, x)[0])(layer, x))
+
+
+class Layers(linen.Module):
+  """Two layers by a scan that computes them again in the backward pass."""
+
+  options: dict
+
+  @linen.compact
+  def __call__(self, x, mode):
+    def layer(parent, x, _):
+      attention = attention_as_linen(**keywords(**self.options), name="attention")
+      return x + attention(x, x, model_mode=mode)[0], None
+
+    axes = {"variable_axes": {"params": 0, "cache": 0}, "split_rngs": {"params": True}}
+    named = {linen.PARTITION_NAME: "layers"}
+    run = linen.scan(linen.remat(layer), **axes, length=2, metadata_params=named)
+    return run(self, x, None)[0]
+
+
+def test_linen_layers_may_be_scanned_and_computed_again():
+  x, model = inputs(4), Layers(CACHED | {"dtype": jnp.bfloat16})
+  variables = model.init(jax.random.key(0), x, "prefill")
+  kernel = variables["params"]["attention"]["query"]["kernel"]
+  assert kernel.names == ("layers", "embed", "q_heads", "kv") and kernel.value.shape[0] == 2
+  out, held = model.apply(variables, x, "prefill", mutable=["cache"])
+  assert jax.tree.structure(held["cache"]) == jax.tree.structure(variables["cache"])
+  params = {"params": variables["params"]}
+  assert_close(out, model.apply(params, x, "train"), 1e-2)  # bfloat16
+  gradient = jax.grad(lambda p: jnp.square(model.apply(p, x, "train")).sum())(params)
+  assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
 
 
 def test_linen_keeps_the_cache_in_its_collection():
