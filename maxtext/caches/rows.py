@@ -114,7 +114,8 @@ def places(segments: jax.Array, written: jax.Array) -> tuple[jax.Array, jax.Arra
   Of padding it says nothing.
   """
   real = (segments != 0).astype(jnp.int32)
-  return written[:, None] + jnp.cumsum(real, axis=1) - 1, real.sum(1)
+  sums = jnp.cumsum(real, axis=1, dtype=jnp.int32)
+  return written[:, None] + sums - 1, real.sum(1, dtype=jnp.int32)
 
 
 def set_row(written: jax.Array, slot: jax.Array | int, count: jax.Array | int) -> jax.Array:

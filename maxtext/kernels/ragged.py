@@ -60,7 +60,7 @@ def _attention(scores: Scores, q, k, v, mask: Mask, sink) -> jax.Array:
   def row(i: jax.Array) -> jax.Array:
     return _row(scores, q[i], (k, v), (i, order[i], count[i]), (mask, sides), sink)
 
-  return lax.map(row, jnp.arange(q.shape[0]))
+  return lax.map(row, jnp.arange(q.shape[0], dtype=jnp.int32))
 
 
 @_attention.defjvp
@@ -76,7 +76,7 @@ class _Sides:
 
   def at(self, j: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Where block j begins, and which of its slots no block before it has: bool [size]."""
-    begin = jnp.minimum(j * self.size, self.last)
+    begin = jnp.minimum(j * self.size, self.last).astype(jnp.int32)
     return begin, begin + jnp.arange(self.size) >= j * self.size
 
 

@@ -25,8 +25,9 @@ class Tokens:
   both_ways: jax.Array | None
 
   def check(self, rows: int, length: int, axes: bool) -> Tokens:
-    """The same, positions being of all rows. Raises ConfigError for other shapes, and for kinds of
-    numbers that cannot be meant; `axes`: positions may be on three.
+    """The same, positions being of all rows, and all numbers signed. `axes`: they may be on three.
+
+    Raises ConfigError for other shapes, and for kinds of numbers that cannot be meant.
     """
     shape = (rows, length)
     positions, known = self.positions, [shape] + [(*shape, 3)] * axes
@@ -43,7 +44,8 @@ class Tokens:
       if marks is not None and not jnp.issubdtype(marks.dtype, kind):
         wanted = "booleans" if kind is jnp.bool_ else "whole numbers"
         raise ConfigError(name, f"is of {marks.dtype}; give {wanted}")
-    return dataclasses.replace(self, positions=positions)
+    signed = lambda x: None if x is None else x.astype(jnp.int32)
+    return Tokens(signed(positions), signed(self.segments), self.both_ways)
 
   @property
   def several(self) -> jax.Array | None:

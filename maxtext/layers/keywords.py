@@ -62,7 +62,7 @@ _GIVEN_AS = {  # a field of the spec, or of what is in it -> the keyword or key 
   "fraction": "partial_rotary_factor",
   "floor_scale": "temperature_tuning_floor_scale",
 }
-_TURNS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of rope_type llama3.1
+_TURNS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of scaling by wavelength
 MODES = ("train", "prefill", "autoregressive")
 COMPUTE_ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3))
 

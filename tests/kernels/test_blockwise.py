@@ -3,6 +3,7 @@
 Tiles are 8 tokens on a side here, so that short sequences have many of them.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -190,14 +191,57 @@ def masks(draw_, t, s):
   return mask.narrow(**structure)
 
 
-@pytest.mark.parametrize("examples", [30, pytest.param(300, marks=pytest.mark.slow)])
-def test_any_mask_equals_the_reference(examples):
+SPACE = {
+  "lengths": [(29, 29), (40, 24), (3, 29), (1, 17)],
+  "heads": [(4, 2), (4, 4), (3, 1)],
+  "head_dim": [8, 5],
+  "structure": [{}, {"window": 9}, {"chunk": 7}, {"block": 5}, {"window": 4, "chunk": 11}],
+  "causal": [True, False],
+  "segments": [False, True],
+  "spans": [False, True],
+  "soft_cap": [None, 2.0],
+  "sink": [False, True],
+  "dropout": [0.0, 0.3],
+  "dtype": ["float32", "bfloat16"],
+}
+
+
+def programs(count):
+  """So many points of the space, drawn once: each is a program to compile, run on many masks."""
+  random = np.random.default_rng(1)
+  orders = {name: random.permutation(count) for name in SPACE}
+  pick = lambda name, i: SPACE[name][orders[name][i] % len(SPACE[name])]
+  return [{name: pick(name, i) for name in SPACE} for i in range(count)]
+
+
+def test_the_programs_have_every_choice_of_every_option():
+  drawn = programs(9)
+  for name, choices in SPACE.items():
+    assert [c for c in choices if c not in [p[name] for p in drawn]] == []
+
+
+@pytest.mark.parametrize(
+  "examples, count", [(30, 9), pytest.param(300, 60, marks=pytest.mark.slow)]
+)
+def test_any_mask_with_any_options_equals_the_reference(examples, count):
   @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
   @given(st.data())
   def check(data):
-    t, s = data.draw(st.sampled_from([(29, 29), (3, 29)] if examples > 30 else [(29, 29)]))
-    mask = data.draw(masks(t, s))
-    assert_like_reference(*draw(t, s), mask)
+    p = data.draw(st.sampled_from(programs(count)))
+    mask = data.draw(masks(*p["lengths"]))
+    mask = dataclasses.replace(mask.narrow(**p["structure"]), causal=p["causal"])
+    for name, mark, all_alike in (("segments", "seg", 1), ("spans", "span", 0)):
+      for side in ("q", "kv"):
+        found = getattr(mask, f"{side}_{mark}")
+        if found is None and p[name]:
+          found = jnp.full_like(getattr(mask, f"{side}_pos"), all_alike)
+        mask = dataclasses.replace(mask, **{f"{side}_{mark}": found if p[name] else None})
+    arrays = draw(*p["lengths"], p["heads"], p["head_dim"], dtype=jnp.dtype(p["dtype"]))
+    sink = jnp.linspace(-2, 3, p["heads"][0]) if p["sink"] else None
+    seed = jnp.array([3, 5], jnp.uint32) if p["dropout"] else None
+    noise = {"float32": 2e-5, "bfloat16": 5e-2}[p["dtype"]]  # as in the matrix of all kernels
+    scores = Scores(0.3, p["soft_cap"], dropout=p["dropout"])
+    assert_like_reference(*arrays, mask, scores, noise, sink, seed)
 
   check()
 

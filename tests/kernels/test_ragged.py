@@ -161,3 +161,12 @@ def test_the_batch_and_the_heads_may_be_split_over_a_mesh():
   split = jax.device_put(arrays, by_head), jax.device_put(mask, by_row)
   ours = jit(lambda arrays, mask: call("ragged", *arrays, mask), out_shardings=by_head)(*split)
   assert_equal([ours], [run("dot_product", *arrays, mask)])
+
+
+def test_numbers_of_64_bits_may_be_enabled():
+  with jax.enable_x64(True):
+    q, k, v, _ = draw(1, S, dtype=jnp.float64)
+    mask = Mask(jnp.full((2, 1), S - 1), jnp.broadcast_to(jnp.arange(S), (2, S)))
+    ours, truth = (attend(name, q, k, v, mask, Scores(0.3)) for name in ("ragged", "dot_product"))
+    assert ours.dtype == jnp.float64
+    assert_equal([ours], [truth])
