@@ -28,7 +28,7 @@ def _unfit(
 ) -> str | None:
   if platform() != "tpu" and not INTERPRET:
     return "it runs on TPU"
-  if jax.config.jax_enable_x64:
+  if jax.dtypes.canonicalize_dtype(jnp.int64) == jnp.int64:
     return "JAX's kernel cannot be traced where numbers of 64 bits are enabled"
   if not mask.ordered or q.shape[1] != k.shape[1]:
     return "its schedule needs tokens in order, queries and keys the same, as rows in training are"

@@ -291,7 +291,14 @@ class Keywords:
     )
 
   def names(self) -> dict[str, Names]:
-    """The logical axes of activations in every mode."""
+    """The logical axes of activations in every mode.
+
+    Raises ConfigError where they are not as many as the activation has.
+    """
+    for name, axes in self.given.items():
+      count = 3 if name.endswith("input_axis_names") else 4
+      if name.endswith("_axis_names") and len(axes) != count:
+        raise ConfigError(name, f"{axes} are {len(axes)} names, and these arrays have {count} axes")
     qkv = ("query", "key", "value")
     train = {name: getattr(self, f"{name}_axis_names") for name in (*qkv, "input", "out")}
     prefill = {name: getattr(self, f"prefill_{name}_axis_names") for name in train}

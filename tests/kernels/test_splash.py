@@ -132,6 +132,8 @@ def test_what_it_cannot_do_is_said(monkeypatch):
   assert "block" in refusal(mask.narrow(block=8))
   assert "spans" in refusal(dataclasses.replace(mask, q_span=spans))
   assert "dropout" in refusal(scores=Scores(0.3, dropout=0.1), seed=seed)
+  with jax.enable_x64(True):
+    assert "numbers of 64 bits" in refusal()
   assert "q.k from bfloat16" in refusal(scores=Scores(1, f32_product=True), dtype=jnp.bfloat16)
   assert "float16" in refusal(dtype=jnp.float16)
   monkeypatch.setattr(splash, "INTERPRET", False)

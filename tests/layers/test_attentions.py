@@ -189,6 +189,7 @@ def test_a_caller_may_pass_every_keyword_by_name():
     ({"num_query_heads": 0}, "num_query_heads: 0 is not at least 1"),
     ({"dropout_rate": 1.0}, "dropout_rate: 1.0 is not from 0"),
     ({"attn_logits_soft_cap": -1.0}, "attn_logits_soft_cap: -1.0 is not above 0"),
+    ({"key_axis_names": ("a", None)}, r"key_axis_names: .* are 2 names, .* have 4 axes"),
     ({"config": "base.yml"}, "config: 'base.yml' is a name; give the configuration"),
     (
       {"kv_quant": types.SimpleNamespace(dtype=jnp.float8_e5m2, axis_cfg="dkv")},
