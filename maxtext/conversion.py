@@ -25,7 +25,7 @@ from maxtext.checkpoints.hub.same import difference
 from maxtext.checkpoints.hub.writing import write_tensors
 from maxtext.checkpoints.safetensors import DTYPES
 from maxtext.checkpoints.stores import NewStore, Store
-from maxtext.checkpoints.tables import Shapes, Slot, slots
+from maxtext.checkpoints.tables import AHEAD, Shapes, Slot, slots
 from maxtext.config import Config
 from maxtext.config.values import render
 from maxtext.data.huggingface import CONFIG as TOKENIZER_CONFIG
@@ -106,6 +106,10 @@ def to_hf(
   shapes = {path: each.shape for path, each in program.plan(config, spec).declared.items()}
   _check_arrays(step, arrays, shapes)
   family, written = named(config, spec, extra.get(HUB, {}).get("model_type"))
+  if left := sorted(path for path in shapes if path.startswith(AHEAD)):
+    if not any(entry.ours == "token_norm.scale" for entry in family.table):
+      log.info(f"{len(left)} parameters of multi-token prediction have no name there; left out")
+      shapes = {path: shape for path, shape in shapes.items() if path not in left}
   wanted = _slots(family, shapes, program.stages(spec))
   kind = np.dtype(DTYPES["F32"] if dtype is None else _dtype(dtype))
   if dtype is None:
@@ -137,7 +141,7 @@ def named(
     architecture.max_position_embeddings or config.training.max_target_length
   )
   plain = dataclasses.replace(
-    config, architecture=dataclasses.replace(architecture, dropout_rate=0)
+    config, architecture=dataclasses.replace(architecture, dropout_rate=0, mtp_num_layers=0)
   )
   wanted, reasons = plain.decoder(spec.vocab), []
   for family in hub.families(architecture.decoder_block, kind):

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 Index = int | tuple[int, ...]  # of the leading axes of an array
 
+AHEAD = "mtp."  # before the number of a block of multi-token prediction
+
 
 @dataclasses.dataclass(frozen=True)
 class Map:
@@ -88,8 +90,9 @@ def slots(table: Sequence[Map], shapes: Shapes, stages: Sequence[tuple[int, int]
   `stages` are (blocks, repeats). Raises KeyError with the path of a parameter that no map names.
   """
   found, used = [], set()
+  further = len({path.split(".")[1] for path in shapes if path.startswith(AHEAD)})
   for entry in table:
-    places = _layers(stages) if "{l}" in entry.theirs else iter([(None, "", None)])
+    places = _layers(stages, further) if "{l}" in entry.theirs else iter([(None, "", None)])
     for number, prefix, index in places:
       paths = [prefix + part for part in entry.parts]
       if not all(path in shapes for path in paths):
@@ -104,14 +107,20 @@ def slots(table: Sequence[Map], shapes: Shapes, stages: Sequence[tuple[int, int]
   return found
 
 
-def _layers(stages: Sequence[tuple[int, int]]) -> Iterator[tuple[int | None, str, int | None]]:
-  """(number, prefix of its paths, place in the stacked parameters) of every layer, in order."""
+def _layers(
+  stages: Sequence[tuple[int, int]], further: int
+) -> Iterator[tuple[int | None, str, int | None]]:
+  """(number, prefix of its paths, place in the stacked parameters) of every layer, in order, and of
+  those of multi-token prediction, which are numbered on and stand alone.
+  """
   number = 0
   for s, (blocks, repeats) in enumerate(stages):
     for r in range(repeats):
       for b in range(blocks):
         yield number, f"stages.{s}.blocks.{b}.", r
         number += 1
+  for k in range(further):
+    yield number + k, f"{AHEAD}{k}.", None
 
 
 def _read(form: str) -> tuple[list[str], list[list[str]]]:

@@ -110,6 +110,21 @@ def _dense(config: Json) -> Keys:
 DENSE = Function(_dense, lambda keys: {"first_k_dense_replace": keys["base_num_decoder_layers"]})
 TABLE = (*ENDS, *LATENT, *MLP, *BEFORE)
 
+AHEAD = (  # of a layer of multi-token prediction, besides those of all layers
+  Map("token_norm.scale", f"{LAYER}enorm.weight"),
+  Map("hidden_norm.scale", f"{LAYER}hnorm.weight"),
+  Map("joint.kernel", f"{LAYER}eh_proj.weight", TURN),
+  Map("head_norm.scale", f"{LAYER}shared_head.norm.weight"),
+)
+# Such layers are left out, unless mtp_num_layers asks for them: their embedding and unembedding are
+# copies of the model's.
+FURTHER = Function(lambda config: {}, lambda keys: _further(keys.get("mtp_num_layers", 0)))
+
+
+def _further(layers: int) -> Json:
+  return {"num_nextn_predict_layers": layers} if layers else {}
+
+
 FAMILIES = (
   Family(
     "deepseek_v2",
@@ -123,13 +138,14 @@ FAMILIES = (
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
     "deepseek3",
-    TABLE,
-    (*SIZES, Field("rope_interleave", "rope_interleave"), DENSE),
+    (*TABLE, *AHEAD),
+    (*SIZES, Field("rope_interleave", "rope_interleave"), DENSE, FURTHER),
     {
       **DEFAULTS,
       "rope_interleave": True,
       "max_position_embeddings": 4096,
       "first_k_dense_replace": 3,
     },
+    unused=(r"^model\.layers\.{depth}\.",),
   ),
 )

@@ -30,7 +30,7 @@ class Family:
   """`model_type` and `architecture` of the files, `block` of ours, the `table` of their tensors.
 
   `parts` are the fields of a file, and `defaults` what those are that it leaves out; `unused` are
-  patterns of the names of tensors that nothing is made of.
+  patterns of the names of tensors that nothing is made of, {depth} being the number of layers.
   """
 
   model_type: str

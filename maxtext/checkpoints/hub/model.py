@@ -72,7 +72,8 @@ class Model:
         raise CheckpointError(f"{tensor.file}: {problem}")
       _ = tensor.dtype
     self._check_tied(left, found)
-    unused = [UNUSED, *self.family.unused]
+    depth = str(sum(blocks * repeats for blocks, repeats in stages))
+    unused = [UNUSED, *(each.replace("{depth}", depth) for each in self.family.unused)]
     extra = [name for name in left if not any(re.search(each, name) for each in unused)]
     if extra:
       what = f"{left[extra[0]].name} is of no use to a {self.family.model_type} model"

@@ -49,3 +49,18 @@ AROUND = (
 
 DENSE = (*ENDS, *ATTENTION, *MLP, *BEFORE)
 DENSE_AROUND = (*ENDS, *ATTENTION, *MLP, *AROUND)
+
+_DELTA = f"{LAYER}linear_attn."
+DELTA = (
+  Map("delta.qkvz_proj.kernel", f"{_DELTA}in_proj_qkvz.weight", "d g c -> (g c) d"),
+  Map("delta.ba_proj.kernel", f"{_DELTA}in_proj_ba.weight", "d g c -> (g c) d"),
+  Map(
+    tuple(f"delta.{part}_conv" for part in ("query", "key", "value")),
+    f"{_DELTA}conv1d.weight",
+    "w g c -> (g c) () w",
+  ),
+  Map("delta.dt_bias", f"{_DELTA}dt_bias"),
+  Map("delta.a_log", f"{_DELTA}A_log"),
+  Map("delta.norm.scale", f"{_DELTA}norm.weight"),
+  Map("delta.out.kernel", f"{_DELTA}out_proj.weight", OUT),
+)
