@@ -157,6 +157,11 @@ def build(
       "context_parallel_load_balance",
       "moves tokens, whose order delta nets and multi-token prediction go by; use false",
     )
+  if balanced and spec.mixtures and config.experts.capacity_factor > 0:
+    raise ConfigError(
+      "context_parallel_load_balance",
+      "moves tokens, of which the first ones find room with a capacity_factor; use false",
+    )
   tiles = _tiles(config, layout, spec)
   return Program(
     config=config,

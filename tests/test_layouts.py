@@ -21,6 +21,14 @@ COMMON = (
 MODELS = {
   "gqa": ("decoder_block=llama2",),
   "window": ("decoder_block=llama2", "sliding_window_size=5", "attention_sink=true"),
+  "moe": (
+    "decoder_block=mixtral",
+    "num_experts=5",
+    "base_moe_mlp_dim=24",
+    "opt_type=sgd",  # steps of a gradient's noise would let a token choose another expert
+    "learning_rate=0.1",
+    "load_balance_loss_weight=0.1",
+  ),
   "learned": ("decoder_block=gpt3", "base_num_kv_heads=4", "trainable_position_size=128"),
   "linear": (
     *("decoder_block=qwen3_next", "layer_pattern=[linear, layer]", "gdn_num_key_heads=2"),
@@ -79,6 +87,7 @@ def run(layout, model, rows=ROWS, length=LENGTH, parts=1):
   mesh = LAYOUTS[layout] if layout else ways()
   devices = jax.devices()[: 8 if layout else 1]
   own = {key.split("=")[0] for key in MODELS[model]}
+  own |= {"adam_eps"} if "opt_type" in own else set()
   keys = [key for key in COMMON if key.split("=")[0] not in own]
   keys += [*MODELS[model], *mesh, f"max_target_length={length}"]
   keys += [f"gradient_accumulation_steps={parts}"]
@@ -105,6 +114,7 @@ FAST = {
   "context 2 tensor 2 fsdp 2, ulysses": "window",
   "context 2 tensor_transpose 2 fsdp 2": "learned",
   "2d_fsdp": "gqa",
+  "data 2 fsdp 2 context 2": "moe",
 }
 CASES = [
   pytest.param(layout, model, marks=() if FAST.get(layout) == model else pytest.mark.slow)

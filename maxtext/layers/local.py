@@ -126,8 +126,8 @@ class _Place:
       return None
     names = {name for axes in (*work.inputs, *work.outputs) for name in axes}
     wide = _over(layout, *(name for name in WIDE.values() if name in names))
-    length = _over(layout, "activation_length")
-    tokens = {*layout.batch_axes, *length}
+    rows, length = layout.splits("activation_batch"), layout.splits(sharding.LENGTH)
+    tokens = {*rows, *length}
     new, specs = [], []
     for axes in work.params:
       kept = [wide if name in WIDE else () for name in axes]
@@ -135,7 +135,7 @@ class _Place:
       new.append(tuple(more))
       specs.append(PartitionSpec(*(old + add or None for old, add in zip(kept, more))))
     length = () if work.whole_rows else length
-    return cls(layout, layout.batch_axes, length, wide, tuple(specs), tuple(new))
+    return cls(layout, rows, length, wide, tuple(specs), tuple(new))
 
   def tokens(self, axes: Axes) -> PartitionSpec:
     """Of an array over tokens with these axes after [b t]."""
