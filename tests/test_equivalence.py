@@ -22,7 +22,7 @@ GATED, UNGATED = (
 )
 LINEAR = (  # what a document's first token reads is divided by its size, be that next to nothing:
   # at ten times this rate the noise of a step grows tenfold in the next
-  *("decoder_block=qwen3_next", "layer_pattern=[linear, layer]", "gdn_num_key_heads=2"),
+  *("decoder_block=qwen3_next", "layer_pattern=[linear_dense, dense]", "gdn_num_key_heads=2"),
   *("gdn_num_value_heads=4", "gdn_key_head_dim=8", "gdn_value_head_dim=8", "learning_rate=0.001"),
   "mtp_num_layers=1",
 )

@@ -40,6 +40,11 @@ LLAMA4 = SIZES | {"intermediate_size_mlp": 72, "moe_layers": [], "attention_chun
 LLAMA4 |= {"no_rope_layers": [1, 0, 1, 1], "floor_scale": 5, "attn_scale": 0.4}
 LLAMA4 |= {"intermediate_size": 8192}  # of experts, of which there are none
 
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 3}
+DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 12, "mlp_only_layers": [1]}
+DELTA |= {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+DELTA |= {"shared_expert_intermediate_size": 28}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
   "llama, llama3 rope, biases": (
     "Llama",
@@ -53,6 +58,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     NO_HEAD_DIM | WINDOW | {"use_sliding_window": True, "max_window_layers": 2},
   ),
   "qwen3, biases": ("Qwen3", SIZES | {"attention_bias": True}),
+  "qwen3_next": ("Qwen3Next", SIZES | DELTA),
   "granite": (
     "Granite",
     NO_HEAD_DIM

@@ -31,7 +31,7 @@ MODELS = {
   ),
   "learned": ("decoder_block=gpt3", "base_num_kv_heads=4", "trainable_position_size=128"),
   "linear": (
-    *("decoder_block=qwen3_next", "layer_pattern=[linear, layer]", "gdn_num_key_heads=2"),
+    *("decoder_block=qwen3_next", "layer_pattern=[linear_dense, dense]", "gdn_num_key_heads=2"),
     *("gdn_num_value_heads=4", "gdn_key_head_dim=8", "gdn_value_head_dim=8", "mtp_num_layers=1"),
     "learning_rate=0.0005",  # see test_equivalence
   ),

@@ -23,7 +23,8 @@ class Map:
   `ours` are dotted paths, within a block where `theirs` has {l}, the number of a layer. `form` says
   how the dimensions of one layer's parameter become those of the tensor, as 'd h k -> (h k) d', and
   several are joined along `axis` of it; then `whole` says how the dimensions of all together become
-  the tensor's. A map holds where its parameters exist.
+  the tensor's. A 1 after an arrow is a new dimension. Where `theirs` has {e} too, each expert, the
+  first dimension of a layer's parameter, is a tensor. A map holds where its parameters exist.
   """
 
   ours: str | tuple[str, ...]
@@ -99,8 +100,13 @@ def slots(table: Sequence[Map], shapes: Shapes, stages: Sequence[tuple[int, int]
         continue
       used.update(paths)
       layer = [shapes[path] if index is None else shapes[path][1:] for path in paths]
-      parts = tuple((path, index, shape) for path, shape in zip(paths, layer))
-      found.append(Slot(entry.theirs.format(l=number), entry.form, entry.axis, parts, entry.whole))
+      experts = range(layer[0][0]) if "{e}" in entry.theirs else [None]
+      for e in experts:
+        at: Index | None = index if e is None or index is None else (index, e)
+        each = layer if e is None else [shape[1:] for shape in layer]
+        parts = tuple((path, at, shape) for path, shape in zip(paths, each))
+        name = entry.theirs.format(l=number, e=e)
+        found.append(Slot(name, entry.form, entry.axis, parts, entry.whole))
   for path in shapes:
     if path not in used:
       raise KeyError(path)
@@ -134,6 +140,8 @@ def _read(form: str) -> tuple[list[str], list[list[str]]]:
       groups += [[]] if inside else []
     elif inside:
       groups[-1].append(word)
+    elif word == "1":
+      groups.append([])
     else:
       groups.append([word])
   return before.split(), groups

@@ -108,7 +108,11 @@ def test_stock_orbax_reads_what_is_converted(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "case", ["gemma3", *(pytest.param(c, marks=pytest.mark.slow) for c in (TIED, "gemma2", "gpt2"))]
+  "case",
+  [
+    "gemma3",
+    *(pytest.param(c, marks=pytest.mark.slow) for c in (TIED, "gemma2", "gpt2", "qwen3_next")),
+  ],
 )
 def test_a_loaded_model_computes_and_decodes_as_its_twin(saved, case):
   """Windows are shorter than the text, which a cache goes through token by token."""

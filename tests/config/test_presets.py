@@ -42,6 +42,7 @@ PUBLISHED = {
   "qwen3-8b": 8_190_735_360,
   "qwen3-14b": 14_768_307_200,
   "qwen3-32b": 32_762_123_264,
+  "qwen3-next-80b-a3b": 79_674_391_296,
   "olmo2-7b": 7_298_617_344,
   "olmo2-13b": 13_716_198_400,
   "olmo2-32b": 32_234_279_936,
@@ -62,3 +63,8 @@ PUBLISHED = {
 def test_a_preset_has_the_published_parameters(name):
   spec = config.load([f"model_name={name}"], {}).decoder()
   assert estimate.parameter_count(spec) == PUBLISHED[name]
+
+
+def test_its_layer_of_multi_token_prediction_makes_up_the_rest_of_the_published_files():
+  spec = config.load(["model_name=qwen3-next-80b-a3b", "mtp_num_layers=1"], {}).decoder()
+  assert estimate.parameter_count(spec) == 81_324_862_720

@@ -8,13 +8,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from maxtext.checkpoints.hub import deepseek, gemma, gpt2, gpt_neox, llama, llama4, olmo
+from maxtext.checkpoints.hub import (
+  deepseek,
+  gemma,
+  gpt2,
+  gpt_neox,
+  llama,
+  llama4,
+  olmo,
+  qwen3_next,
+)
 from maxtext.checkpoints.hub.family import Family
 from maxtext.checkpoints.hub.parts import Json, Keys
 from maxtext.errors import CheckpointError
 
 CONFIG = "config.json"
-FILES = (llama, gemma, olmo, gpt2, gpt_neox, deepseek, llama4)
+FILES = (llama, gemma, olmo, gpt2, gpt_neox, deepseek, llama4, qwen3_next)
 
 # model_type of config.json -> the family
 FAMILIES: dict[str, Family] = {

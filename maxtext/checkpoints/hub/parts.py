@@ -95,6 +95,20 @@ class Only:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ignored:
+  """A field that says nothing of what we compute."""
+
+  theirs: str
+
+  def read(self, config: Json) -> Keys:
+    config.get(self.theirs)
+    return {}
+
+  def write(self, keys: Keys) -> Json:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
 class Always:
   """Keys that go without saying: no field has them."""
 
