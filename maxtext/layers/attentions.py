@@ -7,7 +7,8 @@ keywords become a spec, the published masks a Mask, and the cache is the layer's
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -187,6 +188,7 @@ class Attention(GroupedAttention):
     None): keys and values [B, S, K, D] and segment ids [B, S], 0 where a slot is empty. Raises
     ConfigError for a cache that has no such parts.
     """
+    check_mode(model_mode)
     cache = self._opened(model_mode, previous_chunk is None, key.shape[0])
     if not isinstance(cache, PromptCache):
       raise ConfigError("update_kv_caches", "this layer's cache has one part; call the layer")
@@ -194,9 +196,10 @@ class Attention(GroupedAttention):
     tokens = calls.Tokens(None, decoder_segment_ids, None).check(rows, length, False)
     mask = tokens.mask((length, length), rows, calls.written(cache))
     cache, *_ = cache.append(key, value, mask)
+    whole = functools.partial(calls.held_all, cache)
     self._keep(cache)
     parts = [cache.prompt, cache.generated if model_mode == "autoregressive" else None]
-    return [part and _part(part.held(mask)) for part in parts]
+    return [part and _part(part.held(mask), whole) for part in parts]
 
   def forward_serve_vllm(
     self,
@@ -303,6 +306,8 @@ class Attention(GroupedAttention):
 
   def _opened(self, mode: str, anew: bool, rows: int) -> Any:
     """The layer's own cache as a call in this mode finds it."""
+    if mode == "train":
+      raise ConfigError("model_mode", "'train' keeps no keys and values; use 'prefill'")
     if self.kv_cache is None:
       raise ConfigError("model_mode", f"a layer made for 'train' has no cache for {mode!r}")
     cache = self.kv_cache.get_value()
@@ -364,9 +369,9 @@ def _closed(cache: Any) -> Any:
   return cache.into("prefill") if isinstance(cache, PromptCache) else cache
 
 
-def _part(answer: tuple) -> Part:
+def _part(answer: tuple, whole: Callable[[jax.Array], jax.Array]) -> Part:
   keys, values, mask = answer
-  return dense(keys), dense(values), mask.kv_seg
+  return whole(dense(keys)), whole(dense(values)), mask.kv_seg
 
 
 def _refuse_rope_kwargs(given: Mapping[str, Any] | None) -> None:

@@ -134,7 +134,7 @@ def rows(cache: Any) -> int:
 
 
 def held_all(cache: Any, out: jax.Array) -> jax.Array:
-  """out [B, T, E], if the cache has had a slot for every token; numbers that are none otherwise.
+  """out [B, ...], if the cache has had a slot for every token; numbers that are none otherwise.
 
   Raises ConfigError where that can be known: outside of compiled programs.
   """
@@ -147,4 +147,4 @@ def held_all(cache: Any, out: jax.Array) -> jax.Array:
         "max_prefill_predict_length",
       )
     return out
-  return jnp.where(over.reshape(-1, 1, 1), jnp.nan, out)
+  return jnp.where(over.reshape(-1, *[1] * (out.ndim - 1)), jnp.nan, out)

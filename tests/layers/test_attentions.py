@@ -567,6 +567,14 @@ def test_keys_and_values_are_kept_in_both_parts():
   prompt, generated = layer.update_kv_caches(*one, None, "autoregressive")
   assert_close(generated[1][:, :1], one[1])
   np.testing.assert_array_equal(generated[2][:, :3], [[1, 0, 0]] * 2)
+  for mode, text in (("train", "'train' keeps no keys"), ("prefil", "did you mean 'prefill'")):
+    with pytest.raises(ConfigError, match=f"model_mode: .*{text}"):
+      layer.update_kv_caches(*kv, segments, mode)
+  with pytest.raises(ConfigError, match=r"decoder_segment_ids: has shape \(2, 4\)"):
+    layer.update_kv_caches(*kv, segments[:, :4], "prefill")
+  layer.update_kv_caches(*kv, segments, "prefill", previous_chunk=1)
+  with pytest.raises(ConfigError, match="no slot left"):
+    layer.update_kv_caches(*kv, segments, "prefill", previous_chunk=1)
 
 
 # -- masks ------------------------------------------------------------------------------------
