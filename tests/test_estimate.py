@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maxtext import estimate
 from maxtext.layers.decoder import Decoder
 from maxtext.layers.merging import Plan
-from maxtext.layers.params import Compute
+from maxtext.layers.params import DROPLESS, Compute
 from maxtext.layers.sections import Memory
 from maxtext.masks import Mask
 from maxtext.objectives.next_token import NextToken
@@ -23,6 +23,7 @@ from maxtext.specs import (
   DecoderSpec,
   DeltaSpec,
   MlpSpec,
+  MoeSpec,
   MtpSpec,
   NormSpec,
   QkNormSpec,
@@ -44,6 +45,25 @@ GPT = DecoderSpec(
   positions=LENGTH,
 )
 NARROW = AttentionSpec(6, 3, 16, window=4, qk_norm=QkNormSpec(), bias=True)
+MIXED = MoeSpec(
+  6,
+  2,
+  MlpSpec(20, bias=True),
+  MlpSpec(12, bias=True),
+  shared_gate=True,
+  score="sigmoid",
+  router_bias=True,
+  choice_bias=True,
+  groups=2,
+  active_groups=1,
+)
+SPARSE = DecoderSpec(
+  width=512,
+  vocab=4096,
+  stages=(
+    Stage((BlockSpec(AttentionSpec(8, 2, 64), moe=MoeSpec(8, 2, MlpSpec(1024), MlpSpec(512))),), 2),
+  ),
+)
 ODD = DecoderSpec(
   width=48,
   vocab=96,
@@ -56,6 +76,7 @@ ODD = DecoderSpec(
       3,
     ),
     Stage((BlockSpec(AttentionSpec(2, 2, 24), MlpSpec(100), norm=LAYER),)),
+    Stage((BlockSpec(NARROW, moe=MIXED),), 2),
     Stage((BlockSpec(mlp=MlpSpec(24, bias=True), delta=DeltaSpec(2, 6, 8, 12, conv=3)),)),
   ),
   mtp=MtpSpec(2, BlockSpec(NARROW, MlpSpec(80, bias=True), norm=LAYER)),
@@ -64,7 +85,10 @@ ODD = DecoderSpec(
 
 def plan_of(spec: DecoderSpec) -> Plan:
   memory = Memory(scan_layers=False, remat_policy="none", num_vocab_tiling=1)
-  return Plan.of(functools.partial(Decoder, spec, Compute(kernel="dot_product"), memory))
+  # of each row an expert takes as many tokens as it has to where all are equally loaded
+  experts = dataclasses.replace(DROPLESS, sparse_matmul=False, capacity_factor=1.0)
+  compute = Compute(kernel="dot_product", experts=experts)
+  return Plan.of(functools.partial(Decoder, spec, compute, memory))
 
 
 def forward(plan: Plan):
@@ -83,7 +107,7 @@ def test_the_parameter_count_is_the_models(spec):
 
 
 @pytest.mark.parametrize("program, passes", [(forward, 1), (gradient, 3)], ids=["forward", "both"])
-@pytest.mark.parametrize("spec", [LLAMA, GPT], ids=["llama", "gpt"])
+@pytest.mark.parametrize("spec", [LLAMA, GPT, SPARSE], ids=["llama", "gpt", "experts"])
 def test_flops_are_those_that_xla_counts(spec, program, passes):
   """Within 3 %: XLA adds what is elementwise. dot_product makes all scores, twice the causal half.
 

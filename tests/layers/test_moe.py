@@ -1,6 +1,7 @@
 """A mixture of experts, against the plain sum that it is: whichever path computes it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -151,3 +152,83 @@ def test_every_path_has_the_same_gradients(spec):
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads(options), want
     )
+
+
+def apply(options, x, real, spec=SPECS["softmax"], dropless=False):
+  layer = make(spec, options)
+  return jax.jit(functools.partial(layer, dropless=dropless))(x, real)
+
+
+def test_padding_changes_nothing_for_others_and_takes_no_place():
+  """What stands in the padding does not matter, also where places are few."""
+  x, real = inputs()
+  other = jnp.where(real[..., None], x, 5.0)
+  for options in (SPARSE, DENSE, limited(0.6)):
+    a, b = apply(options, x, real), apply(options, other, real)
+    np.testing.assert_allclose(a[0][real], b[0][real], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(a[1].load, b[1].load)
+  alone = apply(limited(0.6 * LENGTH / (LENGTH - 3)), x[1:, 3:], real[1:, 3:])
+  np.testing.assert_allclose(
+    apply(limited(0.6), x, real)[0][1:, 3:], alone[0], rtol=1e-4, atol=1e-6
+  )
+
+
+def test_a_full_expert_drops_the_last_tokens_that_choose_it():
+  """With one place for each expert, what a token gets is from experts that none before it chose."""
+  spec = SPECS["softmax"]
+  x, real = inputs()
+  real = jnp.ones_like(real)
+  layer = make(spec)
+  logits = np.asarray(layer.router(x))
+  experts = np.argsort(-logits, axis=-1, kind="stable")[..., : spec.active]
+  found, _ = apply(limited(1e-6), x, real)
+  for row in range(ROWS):
+    seen = set()
+    for t in range(LENGTH):
+      left = [e for e in experts[row, t] if e not in seen]
+      seen.update(left)
+      if not left:
+        np.testing.assert_array_equal(found[row, t], 0)
+      else:
+        assert np.abs(found[row, t]).max() > 0
+    assert len(seen) > 2
+
+
+def test_a_token_sees_only_its_past_also_where_tokens_are_dropped():
+  x, real = inputs()
+  changed = x.at[:, 6:].set(x[:, 6:] * -2)
+  a, b = apply(limited(0.5), x, real)[0], apply(limited(0.5), changed, real)[0]
+  np.testing.assert_allclose(a[:, :6], b[:, :6], rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_dropped_where_it_must_not_be():
+  x, real = inputs()
+  whole, _ = apply(SPARSE, x, real)
+  some, _ = apply(limited(0.5), x, real)
+  all_of, _ = apply(limited(0.5), x, real, dropless=True)
+  assert np.abs(some - whole).max() > 0.01
+  np.testing.assert_array_equal(all_of, whole)
+
+
+def test_random_routing_does_not_look_at_the_router():
+  x, real = inputs()
+  random = dataclasses.replace(SPARSE, use_random_routing=True)
+  layer, other = make(SPECS["softmax"], random), make(SPECS["softmax"], random)
+  other.router.kernel[...] = -other.router.kernel[...]
+  a, b = jax.jit(layer.__call__)(x, real), jax.jit(other.__call__)(x, real)
+  np.testing.assert_array_equal(a[0], b[0])
+  assert len(np.unique(a[1].load)) > 1
+
+
+def test_a_router_is_float32_in_bfloat16_too():
+  """Logits are those of float32 inputs; with float32_gate_logits=false they are rounded."""
+  spec, (x, real) = SPECS["softmax"], inputs()
+  low = Compute(dtype=jnp.dtype("bfloat16"))
+  x = x.astype(jnp.bfloat16)
+  layer = make(spec)
+  layer.compute = low
+  want = x.astype(jnp.float32) @ layer.router.kernel[...]
+  np.testing.assert_allclose(layer._logits(x), want, rtol=1e-5, atol=1e-6)
+  layer.compute = dataclasses.replace(low, f32_gate=False)
+  assert np.abs(layer._logits(x) - want).max() > 1e-3
+  assert layer(x, real)[0].dtype == jnp.bfloat16
