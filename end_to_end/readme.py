@@ -20,6 +20,7 @@ PAGES = (
   "docs/README.md",
   "docs/configuration.md",
   "docs/families.md",
+  "docs/huggingface.md",
   "docs/running.md",
   "docs/parallelism.md",
   "docs/checkpoints.md",

@@ -187,7 +187,8 @@ def _source(config: Config, folder: Path) -> Source:
   resume.check_model(config, saved)
   digest = saved.get("data", {}).get("tokenizer")
   read = lambda program: read_parameters(step, manifest, program.state.params)
-  return Source(f"step {manifest.step - 1} of {folder}", digest, read)
+  name = f"step {manifest.step - 1} of {folder}" if manifest.step else str(folder)
+  return Source(name, digest, read)
 
 
 def _trained(config: Config) -> int:

@@ -56,7 +56,8 @@ class Family:
       raise CheckpointError(f"config.json: {what}") from None
     empty: tuple[Any, ...] = (None, False, [], {})
     known = asked.names | INERT
-    unread = [name for name, v in config.items() if name not in known and v not in empty]
+    others = {name: v for name, v in config.items() if name not in known and v not in empty}
+    unread = [name for name in others if not name.startswith("_")]
     return {name: value for name, value in found.items() if value is not None}, unread
 
   def config(self, keys: Keys) -> dict[str, Any]:
