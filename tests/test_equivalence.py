@@ -38,11 +38,10 @@ MESHES = {  # data, fsdp, fsdp_transpose, tensor
 }
 
 
-def batch(step):
+def batch(step, rows=ROWS, length=LENGTH):
   random = np.random.default_rng(step)
-  ids = random.integers(1, 320, (ROWS, LENGTH + 1)).astype(np.int32)
-  cut = random.integers(1, LENGTH, (ROWS, 1))
-  at = np.arange(LENGTH)
+  ids = random.integers(1, 320, (rows, length + 1)).astype(np.int32)
+  cut, at = random.integers(1, length, (rows, 1)), np.arange(length)
   segments = np.where(at < cut, 1, 2).astype(np.int32)  # two documents in each row
   segments[::3, -3:] = 0  # and padding in some
   positions = np.where(at < cut, at, at - cut).astype(np.int32)

@@ -11,6 +11,7 @@ import pytest
 from maxtext import config, program
 from maxtext.errors import ConfigErrors
 from maxtext.kernels.context import balanced_order
+from tests.test_equivalence import batch
 
 STEPS, ROWS, LENGTH = 5, 8, 16
 COMMON = (
@@ -66,19 +67,6 @@ LAYOUTS = {
   "tensor_sequence 2 fsdp 4": ways(tensor_sequence=2, fsdp=4),
   "data 2 fsdp 2 tensor_sequence 2": ways(data=2, fsdp=2, tensor_sequence=2),
 }
-
-
-def batch(step, rows, length):
-  random = np.random.default_rng(step)
-  ids = random.integers(1, 320, (rows, length + 1)).astype(np.int32)
-  cut, at = random.integers(1, length, (rows, 1)), np.arange(length)
-  segments = np.where(at < cut, 1, 2).astype(np.int32)  # two documents in each row
-  segments[::3, -3:] = 0  # and padding in some
-  positions = np.where(at < cut, at, at - cut).astype(np.int32)
-  columns = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
-  for name in columns.copy():
-    columns |= {f"{name}_position": positions, f"{name}_segmentation": segments}
-  return columns
 
 
 @functools.cache
