@@ -58,6 +58,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     NO_HEAD_DIM | WINDOW | {"use_sliding_window": True, "max_window_layers": 2},
   ),
   "qwen3, biases": ("Qwen3", SIZES | {"attention_bias": True}),
+  "mixtral, windowed": ("Mixtral", SIZES | WINDOW | {"num_local_experts": 5}),
+  "qwen2_moe, half dense, half windowed": (
+    "Qwen2Moe",
+    NO_HEAD_DIM
+    | WINDOW
+    | {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 22}
+    | {"shared_expert_intermediate_size": 34, "decoder_sparse_step": 2}
+    | {"use_sliding_window": True, "layer_types": MIXED},
+  ),
+  "qwen3_moe, dense at first": (
+    "Qwen3Moe",
+    SIZES
+    | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 22}
+    | {"mlp_only_layers": [0], "norm_topk_prob": True},
+  ),
+  "olmoe": ("Olmoe", NO_HEAD_DIM | {"num_experts": 7, "num_experts_per_tok": 2}),
   "qwen3_next": ("Qwen3Next", SIZES | DELTA),
   "granite": (
     "Granite",

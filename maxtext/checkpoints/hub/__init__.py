@@ -15,6 +15,7 @@ from maxtext.checkpoints.hub import (
   gpt_neox,
   llama,
   llama4,
+  mixtures,
   olmo,
   qwen3_next,
 )
@@ -23,7 +24,7 @@ from maxtext.checkpoints.hub.parts import Json, Keys
 from maxtext.errors import CheckpointError
 
 CONFIG = "config.json"
-FILES = (llama, gemma, olmo, gpt2, gpt_neox, deepseek, llama4, qwen3_next)
+FILES = (llama, gemma, olmo, gpt2, gpt_neox, deepseek, llama4, mixtures, qwen3_next)
 
 # model_type of config.json -> the family
 FAMILIES: dict[str, Family] = {
