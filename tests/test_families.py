@@ -33,12 +33,17 @@ LONG |= {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 7.
 LONGEST = {"original_max_position_embeddings": 16}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}
 SHORT = {"max_position_embeddings": 16}
-LATENT = NO_HEAD_DIM | {"num_key_value_heads": 6, "first_k_dense_replace": 4}
+LATENT = NO_HEAD_DIM | {"num_key_value_heads": 6}
 LATENT |= {"kv_lora_rank": 24, "qk_nope_head_dim": 10, "qk_rope_head_dim": 8, "v_head_dim": 12}
+EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+EXPERTS |= {"n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7}
+GROUPS = {"n_group": 4, "topk_group": 2}
 SHARPENED = YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}
-LLAMA4 = SIZES | {"intermediate_size_mlp": 72, "moe_layers": [], "attention_chunk_size": 7}
+LLAMA4 = SIZES | {"intermediate_size_mlp": 72, "attention_chunk_size": 7, "moe_layers": [1, 2, 3]}
 LLAMA4 |= {"no_rope_layers": [1, 0, 1, 1], "floor_scale": 5, "attn_scale": 0.4}
-LLAMA4 |= {"intermediate_size": 8192}  # of experts, of which there are none
+LLAMA4 |= {"num_local_experts": 6, "num_experts_per_tok": 2}
+OSS = {"num_local_experts": 6, "num_experts_per_tok": 2, "swiglu_limit": 0.8}
+OSS |= {"rope_parameters": YARN | {"truncate": False}}
 
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 3}
 DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 12, "mlp_only_layers": [1]}
@@ -108,9 +113,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
   "glm4": ("Glm4", SIZES | {"rope_parameters": {"rope_theta": 50.0}}),
   "deepseek_v3, yarn, low rank, biases": (
     "DeepseekV3",
-    LATENT | {"q_lora_rank": 20, "attention_bias": True, "rope_parameters": SHARPENED},
+    LATENT
+    | EXPERTS
+    | GROUPS
+    | {"q_lora_rank": 20, "attention_bias": True, "rope_parameters": SHARPENED},
   ),
-  "deepseek_v2": ("DeepseekV2", LATENT | {"q_lora_rank": None, "mlp_bias": True}),
+  "deepseek_v2": (
+    "DeepseekV2",
+    LATENT | EXPERTS | GROUPS | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
+  ),
+  "glm4_moe": ("Glm4Moe", SIZES | EXPERTS | {"use_qk_norm": True, "attention_bias": True}),
+  "gpt_oss": ("GptOss", SIZES | WINDOW | OSS),
   "llama4": ("Llama4", LLAMA4),
 }
 
@@ -143,13 +156,11 @@ def test_a_written_config_says_what_was_read(case):
   }
 
 
-SPARSE = {"DeepseekV2", "DeepseekV3", "Llama4"}  # as they are by default; experts are not there yet
-
-
-@pytest.mark.parametrize("name", sorted({name for name, _ in CASES.values()} - SPARSE))
+@pytest.mark.parametrize("name", sorted({name for name, _ in CASES.values()}))
 def test_what_a_config_leaves_out_is_as_transformers_has_it(name):
   """A field that is gone is as in the twin's class, or is said to be missing."""
-  theirs = configuration(name, {})
+  told = {"num_experts_per_tok": 3} if name == "DeepseekV2" else {}  # of which there is no default
+  theirs = configuration(name, told)
   for field in theirs.keys() - APART - {"model_type"}:
     rest = {key: value for key, value in theirs.items() if key != field}
     try:

@@ -187,7 +187,37 @@ def llama4(draw: Draw) -> Settings:
   found = plain(draw, head_dim=one(draw, 8, 16)) | nope(draw) | flags(draw, "attention_bias")
   found |= flags(draw, "use_qk_norm", "attn_temperature_tuning") | kinds(draw, "chunked_attention")
   found |= {"attention_chunk_size": one(draw, 4, 7), "floor_scale": 5, "attn_scale": 0.4}
-  return found | {"intermediate_size_mlp": 50, "moe_layers": []}
+  found |= {"intermediate_size_mlp": 50, "num_local_experts": 4}
+  found |= {"num_experts_per_tok": one(draw, 1, 2)}
+  return found | one(draw, {"moe_layers": [0, 3]}, {"interleave_moe_layer_step": one(draw, 1, 2)})
+
+
+def mixture(draw: Draw) -> Settings:
+  """Experts as deepseek has them."""
+  groups, size = one(draw, 1, 2, 4), one(draw, 2, 3)
+  best = one(draw, 1, max(groups // 2, 1))
+  return {
+    "first_k_dense_replace": one(draw, 0, 2, DEPTH),
+    "n_routed_experts": groups * size,
+    "n_group": groups,
+    "topk_group": best,
+    "num_experts_per_tok": one(draw, 1, best * size),
+    "n_shared_experts": one(draw, 1, 2),
+    "moe_intermediate_size": one(draw, 10, 23),
+    "routed_scaling_factor": one(draw, 1.0, 2.3),
+    "norm_topk_prob": one(draw, True, False),
+  }
+
+
+def glm4_moe(draw: Draw) -> Settings:
+  return glm4(draw) | mixture(draw) | flags(draw, "use_qk_norm")
+
+
+def gpt_oss(draw: Draw) -> Settings:
+  found = plain(draw, head_dim=one(draw, 8, 14)) | window(draw) | kinds(draw)
+  found |= {"num_local_experts": 5, "num_experts_per_tok": one(draw, 1, 3, 5)}
+  found |= {"swiglu_limit": one(draw, 0.5, 7.0), "hidden_act": "silu"}
+  return found | flags(draw, "attention_bias")
 
 
 def latent(draw: Draw) -> Settings:
@@ -195,14 +225,15 @@ def latent(draw: Draw) -> Settings:
   found |= {"num_key_value_heads": found["num_attention_heads"]}
   found |= {"q_lora_rank": one(draw, None, 9, 20), "kv_lora_rank": one(draw, 8, 17)}
   found |= {"qk_nope_head_dim": one(draw, 5, 12), "qk_rope_head_dim": one(draw, 6, 8)}
-  found |= {"v_head_dim": one(draw, 7, 12), "first_k_dense_replace": DEPTH}
+  found |= {"v_head_dim": one(draw, 7, 12)} | mixture(draw)
   return found | {"rope_parameters": rope(draw, found["qk_rope_head_dim"])}
 
 
 def deepseek_v2(draw: Draw) -> Settings:
   """Torch takes pairs of channels as complex numbers only where these begin at an even place."""
   even = {"qk_nope_head_dim": one(draw, 4, 12), "kv_lora_rank": one(draw, 8, 18)}
-  return latent(draw) | even | flags(draw, "mlp_bias")
+  routing = {"topk_method": one(draw, "greedy", "group_limited_greedy")}
+  return latent(draw) | even | routing | flags(draw, "mlp_bias")
 
 
 def deepseek_v3(draw: Draw) -> Settings:
@@ -250,6 +281,8 @@ FAMILIES: dict[str, tuple[str, Callable[[Draw], Settings]]] = {
     lambda draw: plain(draw) | flags(draw, "attention_bias", "attention_out_bias", "mlp_bias"),
   ),
   "smollm3": ("SmolLM3", smollm3),
+  "gpt_oss": ("GptOss", gpt_oss),
+  "glm4_moe": ("Glm4Moe", glm4_moe),
   "llama4": ("Llama4", llama4),
   "deepseek_v2": ("DeepseekV2", deepseek_v2),
   "deepseek_v3": ("DeepseekV3", deepseek_v3),

@@ -25,6 +25,7 @@ class Architecture:
   mtp_num_layers: Whole
   blocks: Mapping[str, Any]
   mlp_activations: tuple[Activation, ...]
+  mlp_activations_limit: Positive | None
   mlp_bias: bool
   attention_bias: bool
   attention_out_bias: bool | None
@@ -113,10 +114,10 @@ class Architecture:
         f"{self.rope_max_timescale:g} must be above rope_min_timescale={self.rope_min_timescale:g}",
         "rope_min_timescale",
       )
-    if self.rope_type == "yarn" and self.beta_slow >= self.beta_fast:
+    if self.rope_type == "yarn" and self.beta_slow > self.beta_fast:
       yield (
         "beta_slow",
-        f"beta_fast={self.beta_fast:g} must be above beta_slow={self.beta_slow:g}",
+        f"beta_fast={self.beta_fast:g} must not be below beta_slow={self.beta_slow:g}",
         "beta_fast",
       )
     yield from self._activation_complaints()

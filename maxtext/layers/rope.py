@@ -133,7 +133,7 @@ def _plain(pairs: int, fastest: float, slowest: float) -> np.ndarray:
 def _by_wavelength(plain: np.ndarray, scaling: WavelengthScaling) -> np.ndarray:
   turns = scaling.original_length * plain / (2 * math.pi)
   low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  kept = np.clip((turns - low) / (high - low), 0, 1)
+  kept = np.clip((turns - low) / (high - low), 0, 1) if high > low else turns >= low
   return plain * (kept + (1 - kept) / scaling.factor)
 
 

@@ -12,7 +12,8 @@ from maxtext.specs.limits import above, at_least
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WavelengthScaling:
   """Pairs that turn less than `low_freq_factor` times in `original_length` tokens are slowed by
-  `factor`, those that turn more than `high_freq_factor` times are not, blended between.
+  `factor`, those that turn more than `high_freq_factor` times are not, blended between. The two may
+  be one.
   """
 
   kind: Literal["wavelength"] = "wavelength"
@@ -24,7 +25,8 @@ class WavelengthScaling:
   def __post_init__(self):
     at_least(self, 1, "factor", "original_length")
     above(self, 0, "low_freq_factor")
-    above(self, self.low_freq_factor, "high_freq_factor", other="low_freq_factor")
+    if self.high_freq_factor < self.low_freq_factor:
+      above(self, self.low_freq_factor, "high_freq_factor", other="low_freq_factor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,8 @@ class YarnScaling:
   def __post_init__(self):
     at_least(self, 1, "factor", "original_length")
     above(self, 0, "beta_slow")
-    above(self, self.beta_slow, "beta_fast", other="beta_slow")
+    if self.beta_fast < self.beta_slow:
+      above(self, self.beta_slow, "beta_fast", other="beta_slow")
     if self.attention_factor is not None:
       above(self, 0, "attention_factor")
 

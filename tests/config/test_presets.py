@@ -9,6 +9,12 @@ from maxtext import config, estimate
 # The numbers of elements in the published checkpoints' files, a tied unembedding counted once. The
 # Gemma 3 models above 1b are counted without their vision tower. gpt3 was never published; its
 # sizes are those of the paper's table 2.1.
+#
+# Of those with experts, deepseek2 is counted in its checkpoint. The others are counted by hand from
+# the shapes of their published configurations, since their files hold more (fp8 scales, layers that
+# predict further tokens, a vision tower), and agree with what their authors round to: 671 B
+# (DeepSeek-V3 2024, section 1), 1 T (Kimi K2), 20.91 B and 116.83 B (gpt-oss model card 2025, table
+# 1), 109 B with vision (Llama 4 Scout).
 PUBLISHED = {
   "llama2-7b": 6_738_415_616,
   "llama2-13b": 13_015_864_320,
@@ -60,6 +66,12 @@ PUBLISHED = {
   "smollm2-360m": 361_821_120,
   "smollm2-1.7b": 1_711_376_384,
   "phi3-mini": 3_821_079_552,
+  "deepseek2-16b": 15_706_484_224,
+  "deepseek3-671b": 671_026_419_200,
+  "kimi-k2-1t": 1_026_408_232_448,
+  "gpt-oss-20b": 20_914_757_184,
+  "gpt-oss-120b": 116_829_156_672,
+  "llama4-17b-16e": 107_769_861_120,
 }
 
 

@@ -13,6 +13,7 @@ from maxtext.checkpoints.hub import (
   gemma,
   gpt2,
   gpt_neox,
+  gpt_oss,
   llama,
   llama4,
   mixtures,
@@ -24,7 +25,7 @@ from maxtext.checkpoints.hub.parts import Json, Keys
 from maxtext.errors import CheckpointError
 
 CONFIG = "config.json"
-FILES = (llama, gemma, olmo, gpt2, gpt_neox, deepseek, llama4, mixtures, qwen3_next)
+FILES = (llama, gemma, olmo, gpt2, gpt_neox, deepseek, llama4, gpt_oss, mixtures, qwen3_next)
 
 # model_type of config.json -> the family
 FAMILIES: dict[str, Family] = {

@@ -14,13 +14,15 @@ from maxtext.errors import CheckpointError
 INERT = frozenset(
   """
   _name_or_path _sliding_window_pattern architectures attention_dropout attn_implementation
-  attn_pdrop auto_map bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout
-  decoder_start_token_id dtype embd_pdrop eos_token_id finetuning_task hidden_dropout id2label
-  initializer_range is_encoder_decoder keys_to_ignore_at_inference label2id max_window_layers
-  model_type n_ctx output_attentions output_hidden_states pad_token_id pretraining_tp
+  attn_pdrop auto_map aux_loss_alpha bos_token_id cache_implementation chunk_size_feed_forward
+  classifier_dropout decoder_start_token_id dtype embd_pdrop eos_token_id ep_size experts_per_token
+  finetuning_task hidden_dropout id2label initial_context_length initializer_range
+  is_encoder_decoder keys_to_ignore_at_inference label2id max_window_layers model_type n_ctx
+  output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp
   problem_type reorder_and_upcast_attn resid_pdrop residual_dropout return_dict rope_interleaved
-  summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-  task_specific_params tokenizer_class torch_dtype transformers_version unk_token_id use_cache
+  router_aux_loss_coef router_jitter_noise seq_aux summary_activation summary_first_dropout
+  summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class
+  torch_dtype transformers_version unk_token_id use_cache
   """.split()
 )
 

@@ -2,38 +2,75 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from maxtext.checkpoints.hub.family import Family
-from maxtext.checkpoints.hub.layers import NopeLayers
-from maxtext.checkpoints.hub.parts import ATTENTION_BIAS, SIZES, Act, Field, Function, Json, Keys
+from maxtext.checkpoints.hub.layers import NopeLayers, cycle
+from maxtext.checkpoints.hub.parts import (
+  ATTENTION_BIAS,
+  SIZES,
+  Act,
+  Always,
+  Field,
+  Function,
+  Json,
+  Keys,
+)
 from maxtext.checkpoints.hub.rotary import Rope
 from maxtext.checkpoints.hub.tensors import ATTENTION, BEFORE, ENDS, LAYER, TURN
 from maxtext.checkpoints.tables import Map
-from maxtext.errors import CheckpointError
 
 MLP = tuple(
   Map(f"mlp.{ours}.kernel", f"{LAYER}feed_forward.{ours}_proj.weight", TURN)
   for ours in ("gate", "up", "down")
 )
-TABLE = (*ENDS, *ATTENTION, *MLP, *BEFORE)
-ROUTING = (
-  "num_experts_per_tok",
-  "num_local_experts",
-  "output_router_logits",
-  "intermediate_size",
-  "router_aux_loss_coef",
-  "router_jitter_noise",
+EXPERTS = (
+  Map("moe.router.kernel", f"{LAYER}feed_forward.router.weight", TURN),
+  Map(("moe.gate.kernel", "moe.up.kernel"), f"{LAYER}feed_forward.experts.gate_up_proj", axis=2),
+  Map("moe.down.kernel", f"{LAYER}feed_forward.experts.down_proj"),
+  *(
+    Map(f"moe.shared.{ours}.kernel", f"{LAYER}feed_forward.shared_expert.{ours}_proj.weight", TURN)
+    for ours in ("gate", "up", "down")
+  ),
 )
+TABLE = (*ENDS, *ATTENTION, *MLP, *EXPERTS, *BEFORE)
 
 
-def _dense(config: Json) -> Keys:
-  """Nothing, since all layers are dense."""
-  for field in ROUTING:
-    config.get(field)
-  every, depth = config["interleave_moe_layer_step"], config["num_hidden_layers"]
-  layers = config.get("moe_layers")
-  if layers or (layers is None and every <= depth):
-    raise CheckpointError("config.json: moe_layers have experts, which are not there yet")
-  return {}
+@dataclasses.dataclass(frozen=True)
+class Layouts:
+  """Which layers turn and which have experts; `turning` says the first, moe_layers the second.
+
+  Our dense blocks are `dense`, `full_dense`, `nope_dense` and `full_nope_dense`.
+  """
+
+  turning: NopeLayers = NopeLayers("chunked_attention", "chunk_attn_window_size", turning=True)
+
+  def read(self, config: Json) -> Keys:
+    depth, every = config["num_hidden_layers"], config["interleave_moe_layer_step"]
+    sparse = config.get("moe_layers")
+    if sparse is None:
+      sparse = range(every - 1, depth, every)
+    names = self.turning.read(config)["layer_pattern"]
+    names = [names[i % len(names)] for i in range(depth)]
+    pattern = [name if i in sparse else dense(name) for i, name in enumerate(names)]
+    return {"layer_pattern": cycle(pattern)}
+
+  def write(self, keys: Keys) -> Json:
+    depth, every = keys["base_num_decoder_layers"], keys.get("interleave_moe_layer_step", 1)
+    pattern = keys.get("layer_pattern")
+    if not pattern:
+      sparse = list(range(every - 1, depth, every))
+      return {**self.turning.write(keys), "moe_layers": sparse}
+    layers = [pattern[i % len(pattern)] for i in range(depth)]
+    back = {dense(name): name for name in ("layer", "full", "nope", "full_nope")}
+    turning = [back.get(name, name) for name in layers]
+    sparse = [i for i, name in enumerate(layers) if name not in back]
+    return {**self.turning.write({**keys, "layer_pattern": turning}), "moe_layers": sparse}
+
+
+def dense(name: str) -> str:
+  """The block that has no experts, and is else as this one."""
+  return {"layer": "dense"}.get(name, f"{name}_dense")
 
 
 def _temperature(config: Json) -> Keys:
@@ -69,8 +106,11 @@ FAMILIES = (
       Field("use_qk_norm", "use_qk_norm"),
       Field("chunk_attn_window_size", "attention_chunk_size", null=None),
       Function(_temperature, _written_temperature),
-      NopeLayers("chunked_attention", "chunk_attn_window_size", turning=True),
-      Function(_dense, lambda keys: {"moe_layers": []}),
+      Layouts(),
+      Field("base_moe_mlp_dim", "intermediate_size"),
+      Field("num_experts", "num_local_experts"),
+      Field("num_experts_per_tok", "num_experts_per_tok"),
+      Always({"shared_experts": 1}),
       Rope(500_000.0, fixed=True),
     ),
     {
@@ -88,6 +128,9 @@ FAMILIES = (
       "no_rope_layer_interval": 4,
       "interleave_moe_layer_step": 1,
       "intermediate_size_mlp": 16_384,
+      "intermediate_size": 8192,
+      "num_local_experts": 16,
+      "num_experts_per_tok": 1,
     },
   ),
 )
