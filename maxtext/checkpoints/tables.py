@@ -23,7 +23,7 @@ class Map:
   `ours` are dotted paths, within a block where `theirs` has {l}, the number of a layer. `form` says
   how the dimensions of one layer's parameter become those of the tensor, as 'd h k -> (h k) d', and
   several are joined along `axis` of it; then `whole` says how the dimensions of all together become
-  the tensor's. A 1 after an arrow is a new dimension. Where `theirs` has {e} too, each expert, the
+  the tensor's. A () after an arrow is a new dimension. Where `theirs` has {e} too, each expert, the
   first dimension of a layer's parameter, is a tensor. A map holds where its parameters exist.
   """
 
@@ -102,7 +102,9 @@ def slots(table: Sequence[Map], shapes: Shapes, stages: Sequence[tuple[int, int]
       layer = [shapes[path] if index is None else shapes[path][1:] for path in paths]
       experts = range(layer[0][0]) if "{e}" in entry.theirs else [None]
       for e in experts:
-        at: Index | None = index if e is None or index is None else (index, e)
+        at: Index | None = index
+        if e is not None:
+          at = (e,) if index is None else (index, e)
         each = layer if e is None else [shape[1:] for shape in layer]
         parts = tuple((path, at, shape) for path, shape in zip(paths, each))
         name = entry.theirs.format(l=number, e=e)
@@ -140,8 +142,6 @@ def _read(form: str) -> tuple[list[str], list[list[str]]]:
       groups += [[]] if inside else []
     elif inside:
       groups[-1].append(word)
-    elif word == "1":
-      groups.append([])
     else:
       groups.append([word])
   return before.split(), groups

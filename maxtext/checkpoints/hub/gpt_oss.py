@@ -19,14 +19,14 @@ TABLE = (
   Map(  # a gate and what it multiplies take turns
     ("moe.gate.kernel", "moe.up.kernel"),
     f"{EXPERTS}gate_up_proj",
-    "e d f -> e d f 1",
+    "e d f -> e d f ()",
     axis=3,
     whole="e d f p -> e d (f p)",
   ),
   Map(
     ("moe.gate.bias", "moe.up.bias"),
     f"{EXPERTS}gate_up_proj_bias",
-    "e f -> e f 1",
+    "e f -> e f ()",
     axis=2,
     whole="e f p -> e (f p)",
   ),
