@@ -138,8 +138,8 @@ BIASED = (
   Always({"routed_score_func": "sigmoid", "routed_bias": True}),
   Only("scoring_func", "sigmoid"),
   Only("topk_method", "noaux_tc"),
-  # Further layers are left out, unless mtp_num_layers asks for them: their embedding and unembedding
-  # are copies of the model's.
+  # Further layers are left out, unless mtp_num_layers asks for them: their embedding and
+  # unembedding are copies of the model's.
   Function(_left_out, _further),
 )
 
