@@ -12,6 +12,8 @@ from tests.test_families import CASES
 from tests.twins import LENGTH, torch
 
 NOISE = 1e-4  # of the largest gradient of a tensor: float32 sums in another order
+PLAIN = NextToken()
+BALANCE = 0.3  # weight of the balance loss
 PADDING = 5  # at the end of the second row
 
 
@@ -43,22 +45,41 @@ def batch_of(tokens: np.ndarray) -> dict[str, np.ndarray]:
   }
 
 
-def check(case: str) -> None:
+def check(case: str, objective: NextToken = PLAIN, right=theirs) -> None:
   model = twins.twin(*CASES[case])
   mine = twins.ours(twins.plain(model.config), twins.tensors_of(model))
   tokens = twins.random_tokens()
-  objective, batch = NextToken(), batch_of(tokens)
+  batch = batch_of(tokens)
 
   def loss(params):
     return objective(mine.plan.merge(params), batch)["loss"].value
 
   found, grads = jax.value_and_grad(loss)(mine.params)
-  right, expected = theirs(model, tokens)
+  right, expected = right(model, tokens)
   assert found == pytest.approx(right, rel=1e-5)
   mapped = mine.tensors(grads)
   assert mapped.keys() == expected.keys()
   for name, grad in expected.items():
     assert np.abs(mapped[name] - grad).max() < NOISE * np.abs(grad).max(), name
+
+
+def with_balance(model, tokens: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
+  """As `theirs`, with the balance loss; the last token of a row has no target and goes nowhere."""
+  batch = batch_of(tokens)
+  labels = torch.tensor(np.where(batch["targets_segmentation"], batch["targets"], -100))
+  ids, seen = (torch.tensor(batch[name]) for name in ("inputs", "inputs_segmentation"))
+  out = model(ids, attention_mask=seen, output_router_logits=True)
+  entropy = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
+  loss = entropy + BALANCE * out.aux_loss
+  loss.backward()
+  with torch.no_grad():
+    for p in model.parameters():
+      p.copy_(p.grad)
+  return loss.item(), twins.tensors_of(model)
+
+
+def test_loss_and_gradients_with_the_balance_loss_equal_those_of_torch():
+  check("mixtral, windowed", NextToken(balance=BALANCE), with_balance)
 
 
 @pytest.mark.parametrize("case", ["gemma2"])
