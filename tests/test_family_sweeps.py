@@ -244,6 +244,37 @@ def deepseek_v3(draw: Draw) -> Settings:
   return found
 
 
+def experts(draw: Draw, name: str = "num_experts") -> Settings:
+  count = one(draw, 3, 4, 7)
+  return {name: count, "num_experts_per_tok": one(draw, 1, 2, count)}
+
+
+def qwen_moe(draw: Draw) -> Settings:
+  found = sizes(draw, head_dim=False) | experts(draw) | flags(draw, "norm_topk_prob")
+  found |= {"moe_intermediate_size": one(draw, 11, 24), "decoder_sparse_step": one(draw, 1, 2)}
+  found |= {"mlp_only_layers": one(draw, [], [1], [0, 3])}
+  found |= one(draw, {}, {"use_sliding_window": True} | window(draw))
+  return found | {"rope_parameters": rope(draw, head(found))}
+
+
+def qwen2_moe(draw: Draw) -> Settings:
+  found = qwen_moe(draw) | flags(draw, "qkv_bias") | {"max_window_layers": one(draw, 1, 4)}
+  found |= {"shared_expert_intermediate_size": one(draw, 9, 26)}
+  return found | (kinds(draw) if found.get("use_sliding_window") else {})
+
+
+def qwen3_moe(draw: Draw) -> Settings:
+  found = qwen_moe(draw) | flags(draw, "attention_bias")
+  found |= {"head_dim": one(draw, 8, 12)}
+  return found | {"rope_parameters": rope(draw, found["head_dim"])}
+
+
+def olmoe(draw: Draw) -> Settings:
+  found = sizes(draw, head_dim=False) | experts(draw)
+  found |= flags(draw, "norm_topk_prob", "attention_bias")
+  return found | {"rope_parameters": rope(draw, head(found))}
+
+
 FAMILIES: dict[str, tuple[str, Callable[[Draw], Settings]]] = {
   "llama": ("Llama", lambda draw: plain(draw) | flags(draw, "attention_bias", "mlp_bias")),
   "granite": (
@@ -283,6 +314,13 @@ FAMILIES: dict[str, tuple[str, Callable[[Draw], Settings]]] = {
   "smollm3": ("SmolLM3", smollm3),
   "gpt_oss": ("GptOss", gpt_oss),
   "glm4_moe": ("Glm4Moe", glm4_moe),
+  "mixtral": (
+    "Mixtral",
+    lambda draw: plain(draw) | one(draw, {}, window(draw)) | experts(draw, "num_local_experts"),
+  ),
+  "qwen2_moe": ("Qwen2Moe", qwen2_moe),
+  "qwen3_moe": ("Qwen3Moe", qwen3_moe),
+  "olmoe": ("Olmoe", olmoe),
   "llama4": ("Llama4", llama4),
   "deepseek_v2": ("DeepseekV2", deepseek_v2),
   "deepseek_v3": ("DeepseekV3", deepseek_v3),
