@@ -8,6 +8,7 @@ from maxtext import config, conversion
 from maxtext.checkpoints import safetensors
 from maxtext.checkpoints.hub.model import open_model
 from maxtext.checkpoints.manager import Checkpoints
+from maxtext.checkpoints.tables import Map, slots
 from maxtext.program import build
 from tests import twins
 from tests.test_families import CASES
@@ -50,6 +51,14 @@ def test_a_layer_of_multi_token_prediction_is_taken_if_asked_for_and_comes_back(
     assert_same(tensors(back), kept)
   twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back1")
   np.testing.assert_array_equal(twin.state_dict()["lm_head.weight"], plain["lm_head.weight"])
+
+
+def test_each_expert_of_such_a_layer_is_a_tensor_too():
+  shapes = {"stages.0.blocks.0.moe.up.kernel": (2, 3, 4, 5), "mtp.0.moe.up.kernel": (3, 4, 5)}
+  found = slots([Map("moe.up.kernel", "layers.{l}.{e}", "a b -> b a")], shapes, [(1, 2)])
+  assert [slot.name for slot in found[-3:]] == ["layers.2.0", "layers.2.1", "layers.2.2"]
+  assert found[4].parts == (("stages.0.blocks.0.moe.up.kernel", (1, 1), (4, 5)),)
+  assert found[7].parts == (("mtp.0.moe.up.kernel", (1,), (4, 5)),) and found[7].shape == (5, 4)
 
 
 def test_a_family_without_a_name_for_them_goes_without(tmp_path):
