@@ -200,6 +200,18 @@ NEEDS = (
     lambda c: c.moes is None or len(c.moes) > 0,
   ),
   Need(
+    ("shared_experts",),
+    "base_shared_mlp_dim=null, which says the width by itself",
+    "base_shared_mlp_dim",
+    lambda c: c.architecture.base_shared_mlp_dim is None,
+  ),
+  Need(
+    ("n_routing_groups",),
+    "a topk_routing_group, the number of groups that are chosen from",
+    "topk_routing_group",
+    lambda c: c.architecture.topk_routing_group > 0,
+  ),
+  Need(
     ("routed_bias_update_rate",),
     "routed_bias=true, in a decoder block that uses it",
     "routed_bias",

@@ -232,6 +232,74 @@ COMMAND_LINES = [
     "max_target_length: 4096 tokens are longer than the learned positions",
     "use at most 2048",
   ),
+  # experts
+  ("num_experts=4", "num_experts: decoder block 'llama2' does not use it"),
+  (
+    "decoder_block=moe num_experts_per_tok=9",
+    "num_experts_per_tok: 9 of 8 experts; use at most all",
+  ),
+  (
+    "decoder_block=moe n_routing_groups=3 topk_routing_group=1",
+    "n_routing_groups: 3 groups do not divide 8 experts",
+  ),
+  ("decoder_block=moe n_routing_groups=4", "n_routing_groups: has an effect only with a topk_"),
+  (
+    "decoder_block=moe n_routing_groups=4 topk_routing_group=5",
+    "topk_routing_group: 5 of 4 groups",
+  ),
+  (
+    "decoder_block=moe n_routing_groups=8 topk_routing_group=1",
+    "topk_routing_group: 1 groups of 1 experts hold fewer than the 2 active ones; raise it",
+  ),
+  (
+    "decoder_block=moe n_routing_groups=8 topk_routing_group=4 routed_bias=true",
+    "n_routing_groups: 8 groups of one expert have no two best; use fewer",
+  ),
+  (
+    "decoder_block=moe shared_experts=2 base_shared_mlp_dim=30",
+    "shared_experts: has an effect only with base_shared_mlp_dim=null",
+  ),
+  (
+    "decoder_block=moe capacity_factor=1.5",
+    "capacity_factor: has an effect only with sparse_matmul=false",
+  ),
+  (
+    "decoder_block=moe sparse_matmul=false capacity_factor=0",
+    "capacity_factor: 0.0 is out of range; use above 0, or -1",
+  ),
+  (
+    "decoder_block=moe sparse_matmul=false megablox=false",
+    "megablox: has an effect only with sparse_matmul=true",
+  ),
+  ("sparse_matmul=false", "sparse_matmul: has an effect only with a decoder block that has exp"),
+  (
+    "load_balance_loss_weight=0.1",
+    "load_balance_loss_weight: has an effect only with a decoder block that has experts",
+  ),
+  (
+    "decoder_block=moe interleave_moe_layer_step=9 load_balance_loss_weight=0.1",
+    "load_balance_loss_weight: has an effect only with a decoder block that has experts",
+  ),
+  (
+    "decoder_block=moe routed_bias_update_rate=0.1",
+    "routed_bias_update_rate: has an effect only with routed_bias=true",
+  ),
+  (
+    "decoder_block=moe layer_pattern=[layer] first_num_dense_layers=1",
+    "first_num_dense_layers: has an effect only with layer_pattern=[]",
+  ),
+  (
+    "decoder_block=moe use_random_routing=true float32_gate_logits=false",
+    "float32_gate_logits: has an effect only with use_random_routing=false",
+  ),
+  (
+    "decoder_block=moe routed_score_func=sigmoids",
+    "routed_score_func: 'sigmoids' is not known, did you mean 'sigmoid'?",
+  ),
+  (
+    ON_8 + "decoder_block=moe ici_expert_parallelism=2",
+    "ici_expert_parallelism: 2: parallelism over 'expert' is not there yet",
+  ),
   # keys that contradict each other, or do nothing
   (
     "load_parameters_path=. load_full_state_path=.",
