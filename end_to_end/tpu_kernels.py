@@ -1,4 +1,5 @@
-"""The TPU's compiler takes the flash kernel, alone and around a split length, with its gradients.
+"""The TPU's compiler takes the flash kernel, alone and around a split length, and the products of
+experts, with their gradients.
 
 No TPU is needed: libtpu compiles for a described topology. It is installed into an environment of
 its own, since a process that finds it looks for a TPU.
@@ -14,7 +15,7 @@ from pathlib import Path
 from end_to_end.runs import Process, check, report
 
 ROOT = Path(__file__).parents[1]
-TEST = "tests/kernels/test_splash.py"
+TESTS = ("tests/kernels/test_splash.py", "tests/layers/test_moe_tpu.py")
 
 
 def main() -> None:
@@ -24,10 +25,12 @@ def main() -> None:
     pins = ["--constraint", str(ROOT / "constraints.txt")]
     install = [python, "-m", "pip", "install", "--quiet", *pins, "-e", f"{ROOT}[tpu]", "pytest"]
     Process(install, directory=ROOT).ends(0, patience=900)
-    run = [python, "-m", "pytest", "-rs", "-k", "compiles_for_a_tpu", TEST]
+    run = [python, "-m", "pytest", "-rs", "-k", "compiles_for_a_tpu", *TESTS]
     output = Process(run, directory=ROOT).ends(0, patience=600)
-    check("1 passed" in output, f"the test did not run:\n{output[-1000:]}")
-    print("  v5e 2x2: forward and gradient of flash, of ulysses with flash, and of ring")
+    check("2 passed" in output, f"the test did not run:\n{output[-1000:]}")
+    print(
+      "  v5e 2x2: forward and gradient of flash, of ulysses with flash, of ring, and of experts"
+    )
 
 
 if __name__ == "__main__":

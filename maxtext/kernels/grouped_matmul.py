@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-SIDES = (512, 1024, 1024)  # of megablox's blocks: rows, and the two widths
+SIDE = (
+  512  # of megablox's blocks at most, in all directions: in float32 they fill half of the memory
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ def _grouped(
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     x = _padded(x)
-    sides = (min(SIDES[0], x.shape[0]), *SIDES[1:])
+    sides = _sides(x.shape[0], x.shape[1], w.shape[1 if turned else 2])
     y = gmm(x, w, sizes, x.dtype, sides, transpose_rhs=turned, interpret=product.interpret)[:rows]
   elif product.kernel == "ragged":
     dimensions = lax.RaggedDotDimensionNumbers((((1,), (2 if turned else 1,)), ((), ())), [0], [0])
@@ -84,7 +86,7 @@ def _outer(product: Product, x: jax.Array, g: jax.Array, sizes: jax.Array) -> ja
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     x, g = _padded(x), _padded(g)
-    sides = (min(SIDES[0], x.shape[0]), *SIDES[1:])
+    sides = _sides(x.shape[0], x.shape[1], g.shape[1])
     return tgmm(x.swapaxes(0, 1), g, sizes, jnp.float32, sides, interpret=product.interpret)
   if product.kernel == "ragged":
     dimensions = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
@@ -96,8 +98,12 @@ def _outer(product: Product, x: jax.Array, g: jax.Array, sizes: jax.Array) -> ja
 
 def _padded(x: jax.Array) -> jax.Array:
   """[m d] with rows of zeros below, up to a whole number of megablox's blocks."""
-  unit = 128 if x.shape[0] <= SIDES[0] else SIDES[0]
+  unit = 128 if x.shape[0] <= SIDE else SIDE
   return jnp.pad(x, ((0, -x.shape[0] % unit), (0, 0)))
+
+
+def _sides(*sizes: int) -> tuple[int, ...]:
+  return tuple(min(SIDE, size) for size in sizes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ KERNELS = {
 }
 SIZES = {
   "uneven": (40, [7, 0, 20, 1]),  # and 12 rows of no group
+  "more than a block": (700, [600, 0, 90]),
   "one": (16, [0, 16, 0]),
   "none": (6, [0, 0]),
   "few": (3, [0, 1, 0, 0, 2, 0, 0]),
@@ -55,7 +56,7 @@ def test_every_kernel_multiplies_each_group_by_its_matrix(kernel, case):
 
   found = jax.jit(both)(x, w, jnp.asarray(sizes, jnp.int32))
   for a, b in zip(found, plain(x, w, g, sizes)):
-    np.testing.assert_allclose(a, b, atol=1e-5)
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)  # float32 sums of up to 600 products
 
 
 def test_a_gradient_is_summed_in_float32():
@@ -69,7 +70,7 @@ def test_a_gradient_is_summed_in_float32():
 def test_tiles_waste_few_rows_and_always_suffice(rows, groups):
   """At most as many again as there are rows, or 64 for each group."""
   random = np.random.default_rng(0)
-  for _ in range(5):
+  for _ in range(2):
     sizes = random.multinomial(rows, random.dirichlet(np.full(groups, 0.3)))
     tiles = Tiles.of(rows, jnp.asarray(sizes))
     covered = [(int(b), min(int(b) + tiles.side, int(e))) for b, e in zip(tiles.begin, tiles.end)]
