@@ -112,8 +112,7 @@ def main() -> None:
 
     _, took = run("-m", "maxtext.convert", "from_hf", hub, parent / "converted")
     print(f"  from_hf: {took}")
-    asked = (f"prompt={QUESTION}", "use_chat_template=true", "decode_length=20", "dtype=float32")
-    asked += ("decode_sampling_strategy=greedy",)
+    asked = [f"prompt={QUESTION}", "use_chat_template=true", "decode_length=20", "dtype=float32"]
     for source in (parent / "converted", hub):
       printed, took = run("-m", "decode", source, *asked)
       right = f"{QUESTION}\n{before['answer']}\n"

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from maxtext import config, conversion, convert
-from maxtext.checkpoints import safetensors
+from maxtext.checkpoints import hub, safetensors
 from maxtext.checkpoints.convert import load_hf
 from maxtext.checkpoints.hub.loading import load
 from maxtext.checkpoints.hub.model import open_model
@@ -95,6 +95,23 @@ def test_any_dtype_in_many_files_comes_back(saved, dtype, tmp_path):
   assert opened.dtype == kind and not found["missing_keys"] and not found["unexpected_keys"]
   for name, value in half.state_dict().items():
     assert torch.equal(value, opened.state_dict()[name]), name
+
+
+def test_of_a_model_that_sees_images_the_text_part_is_read(tmp_path):
+  name, settings = CASES["gemma3"]
+  text = twins.configuration(name, settings)
+  vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+  vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+  both = transformers.Gemma3Config(text_config=text.to_dict(), vision_config=vision)
+  twin = transformers.Gemma3ForConditionalGeneration(both)
+  twin.save_pretrained(tmp_path / "hub")
+  conversion.from_hf(tmp_path / "hub", tmp_path / "run")
+  conversion.to_hf(tmp_path / "run", tmp_path / "back")
+  found, told = tensors(tmp_path / "back"), open_model(tmp_path / "back").keys
+  assert told == hub.keys(twins.plain(text))
+  for part, value in twin.model.language_model.state_dict().items():
+    np.testing.assert_array_equal(found.pop(f"model.{part}"), value.numpy())
+  assert not found
 
 
 def test_stock_orbax_reads_what_is_converted(saved, tmp_path):

@@ -139,7 +139,9 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _renamed(tensors: dict[str, Tensor], family: Family, config: Json) -> dict[str, Tensor]:
   """By the table's names, if it is a model without its head, or one that sees images too."""
   if any(TEXT in name for name in tensors):
-    tensors = {n.replace(TEXT, "", 1): t for n, t in tensors.items() if TEXT in n or "lm_head" in n}
+    text = {n.replace(TEXT, "", 1): t for n, t in tensors.items() if TEXT in n or "lm_head" in n}
+    log.info("%d tensors are not of its text part, and are left out", len(tensors) - len(text))
+    tensors = text
   body = next(entry.theirs for entry in family.table if "{l}" in entry.theirs).partition(".")[0]
   if any(name.startswith(f"{body}.") for name in tensors):
     return tensors
