@@ -40,7 +40,8 @@ def test_every_mesh_gives_the_losses_of_one_device(mesh):
   agree(mesh)
 
 
-@pytest.mark.parametrize("mesh", whole.slow_but("2x2x2", of=list(whole.MESHES)))
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", whole.MESHES)
 def test_accumulating_is_one_batch(mesh):
   """But for the balance loss, which is one of the tokens that are routed together."""
   agree(mesh, 2, MOE, MOE)

@@ -121,11 +121,29 @@ def plain(spec, layer, x):
   return np.array([[token(x) for x in row] for row in np.asarray(x, np.float64)])
 
 
+FAST = ("of chosen, biases", "sigmoid, groups")
+
+
+def mostly_slow(*fast):
+  """Every spec, of which all but some are slow."""
+  return [
+    pytest.param(spec, marks=() if name in fast else pytest.mark.slow, id=name)
+    for name, spec in SPECS.items()
+  ]
+
+
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize(
-  "options", [SPARSE, DENSE, limited(9.0)], ids=["sparse", "dense", "limited"]
-)
-def test_every_path_is_the_sum_over_chosen_experts(spec, options):
+def test_the_sparse_path_is_the_sum_over_chosen_experts(spec):
+  check(spec, SPARSE)
+
+
+@pytest.mark.parametrize("spec", mostly_slow("of chosen, biases"))
+@pytest.mark.parametrize("options", [DENSE, limited(9.0)], ids=["dense", "limited"])
+def test_the_other_paths_are_too(spec, options):
+  check(spec, options)
+
+
+def check(spec, options):
   x, real = inputs()
   layer = make(spec, options)
   found = jax.jit(lambda x: layer(x, real)[0])(x)
@@ -133,7 +151,7 @@ def test_every_path_is_the_sum_over_chosen_experts(spec, options):
   np.testing.assert_allclose(found[real], want[real], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("spec", mostly_slow(*FAST))
 def test_every_path_has_the_same_gradients(spec):
   x, real = inputs()
   graph, state = nnx.split(make(spec))
