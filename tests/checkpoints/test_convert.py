@@ -20,6 +20,7 @@ from maxtext.checkpoints.convert import load_hf
 from maxtext.checkpoints.hub.loading import load
 from maxtext.checkpoints.hub.model import open_model
 from maxtext.checkpoints.manager import Checkpoints
+from maxtext.config.values import render
 from maxtext.errors import CheckpointError, ConfigError
 from maxtext.program import build
 from tests import twins
@@ -75,6 +76,16 @@ def test_every_family_comes_back_to_the_bit(saved, case, tmp_path):
   there, back = open_model(folder), open_model(tmp_path / "back")
   assert back.family is there.family and there.keys.items() <= back.keys.items()
   assert all(path.stat().st_mode & 0o777 == 0o644 for path in (tmp_path / "back").iterdir())
+
+
+def test_transformers_takes_the_fields_that_are_written_for_llama4():
+  """It wants whole numbers where our keys have fractions."""
+  described = twins.plain(twins.configuration(*CASES["llama4"]))
+  keys = hub.keys(described) | {"max_target_length": 8, "dataset_type": "synthetic"}
+  loaded = config.load([f"{key}={render(v)}" for key, v in keys.items()], {}, purpose="decode")
+  _, written = conversion.named(loaded, loaded.decoder())
+  opened = transformers.Llama4TextConfig(**written)
+  assert opened.floor_scale == described["floor_scale"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -184,6 +195,11 @@ def spoil_weights(folder: Path) -> None:
   (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def spoil_index(folder: Path) -> None:
+  places = dict.fromkeys(tensors(folder), "model.safetensors") | {"model.norm.weight": 3}
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 def spoil_dtype(folder: Path) -> None:
   file = folder / "model.safetensors"
   held = file.read_bytes()
@@ -223,6 +239,8 @@ def rewrite(folder: Path, held: dict[str, np.ndarray]) -> None:
     (spoil_config(rope_parameters={"rope_type": "axial"}), "rope_type 'axial' is none of"),
     (spoil_config(hidden_size=None), "hidden_size is missing"),
     (spoil_config(quantization_config={"quant_method": "fp8"}), r"quantization_config \(fp8\)"),
+    (spoil_config(model_type=["llama"]), r"model_type \['llama'\] is no name"),
+    (spoil_index, "model.norm.weight has 3, which names no file"),
   ],
 )
 def test_what_is_wrong_with_a_model_is_named_and_nothing_stays(model, spoil, words, tmp_path):

@@ -74,13 +74,15 @@ def described(path: str | Path) -> tuple[Family, Json]:
     raise CheckpointError(f"{file} cannot be read: it is not JSON ({error})") from None
   if not isinstance(config, dict):
     raise CheckpointError(f"{file} cannot be read: it is no mapping")
+  if not isinstance(kind := config.get("model_type"), str | None):
+    raise CheckpointError(f"{file}: model_type {kind!r} is no name")
   inner = config.get("text_config")
   if config.get("model_type") not in FAMILIES and isinstance(inner, dict):
     outer = ("tie_word_embeddings", "torch_dtype", "dtype", "quantization_config")
     config = {**{key: config[key] for key in outer if key in config}, **inner}
   if config.get("quantization_config"):
-    kind = dict(config["quantization_config"]).get("quant_method", "of some kind")
-    problem = f"quantization_config ({kind}): quantised weights are not read"
+    method = dict(config["quantization_config"]).get("quant_method", "of some kind")
+    problem = f"quantization_config ({method}): quantised weights are not read"
     raise CheckpointError(f"{file}: {problem}; write the model in bfloat16 first")
   return family(config), config
 

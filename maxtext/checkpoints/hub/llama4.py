@@ -85,10 +85,12 @@ def _temperature(config: Json) -> Keys:
 
 
 def _written_temperature(keys: Keys) -> Json:
+  """The floor as a whole number: transformers opens no other."""
+  floor = keys.get("temperature_tuning_floor_scale", 8192)
   return {
     "attn_temperature_tuning": keys.get("temperature_tuning", False),
     "attn_scale": keys.get("temperature_tuning_scale", 0.1),
-    "floor_scale": keys.get("temperature_tuning_floor_scale", 8192),
+    "floor_scale": int(floor) if float(floor).is_integer() else floor,
   }
 
 

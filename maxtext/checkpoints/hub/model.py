@@ -124,6 +124,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise CheckpointError(f"{index} cannot be read: {type(error).__name__}: {error}") from None
+  if strange := [name for name, file in files.items() if not isinstance(file, str)]:
+    raise CheckpointError(f"{index}: {strange[0]} has {files[strange[0]]!r}, which names no file")
   for file in sorted(set(files.values())):
     if Path(file).name != file:
       raise CheckpointError(f"{index}: {file!r} is not a file beside it")
