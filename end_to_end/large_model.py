@@ -56,7 +56,7 @@ def make(name: str, folder: Path) -> int:
     return numbers.view(dtype)
 
   folder.mkdir()
-  write_tensors(folder, wanted, read, dtype, conversion.SHARD)
+  write_tensors(folder, wanted, read, {slot.name: dtype for slot in wanted}, conversion.SHARD)
   write_config(folder, written | {"torch_dtype": "bfloat16"})
   return max(tensor.end - tensor.begin for tensor in open_model(folder).tensors.values())
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from maxtext.checkpoints.arrays import Array, shape_text
 from maxtext.checkpoints.aside import aside
 from maxtext.checkpoints.folder import locate, read_extra
 from maxtext.checkpoints.hub.family import INERT, Family
-from maxtext.checkpoints.hub.model import open_model, write_config
+from maxtext.checkpoints.hub.model import Fitted, open_model, write_config
 from maxtext.checkpoints.hub.same import difference
 from maxtext.checkpoints.hub.writing import write_tensors
 from maxtext.checkpoints.safetensors import DTYPES
@@ -37,6 +37,7 @@ from maxtext.log import log
 from maxtext.specs import DecoderSpec
 
 HUB = "hub"  # what a converted checkpoint holds beside its parameters: the config.json it had
+TENSORS = "tensors"  # and the dtype that each of its tensors had
 KEPT = INERT - {"dtype", "transformers_version", "_sliding_window_pattern", "_name_or_path"}
 SHARD = 5 * 10**9  # bytes of a file of tensors
 TOKENIZER = (  # files that are carried along as they are
@@ -77,10 +78,11 @@ def from_hf(source: str | Path, out: str | Path, words: Sequence[str] = ()) -> N
       for (path, index, _), piece in zip(slot.parts, slot.split(tensor.read()), strict=True):
         store.write(f"params/{path}", piece.astype(declared[path].dtype, copy=False), index)
     store.write("step", np.zeros((), np.int32))
-    files = {"config": "config.yml", HUB: f"{HUB}.json"}
+    files = {"config": "config.yml", HUB: f"{HUB}.json", TENSORS: f"{TENSORS}.json"}
     for place in (folder, step):
       (place / files["config"]).write_text(config.resolved())
     (step / files[HUB]).write_text(json.dumps(dict(model.config)))
+    (step / files[TENSORS]).write_text(json.dumps(_held(fitted, declared)))
     _carry(model.path, folder)
     made = manifest.write(step, 0, tuple(arrays), files)
   log.info(f"{out}: a {model.family.model_type} model, {_millions(declared.values())} parameters")
@@ -92,8 +94,9 @@ def to_hf(
 ) -> None:
   """Make a model of the hub in the folder `out` of the newest step of a run, or of one step.
 
-  It is in `dtype` (None: as the parameters are), in files of at most `shard` bytes. The host holds
-  a tensor at a time. Raises UserError, and then leaves nothing behind.
+  It is in `dtype` (None: as the parameters are, or after from_hf as each tensor was), in files of
+  at most `shard` bytes. The host holds a tensor at a time. Raises UserError, and then leaves
+  nothing behind.
   """
   step, held = locate(checkpoint)
   out = Path(out).expanduser().absolute()
@@ -114,11 +117,14 @@ def to_hf(
   kind = np.dtype(DTYPES["F32"] if dtype is None else _dtype(dtype))
   if dtype is None:
     kind = np.result_type(*(_dtype(array.dtype) for array in arrays.values()))
+  before = extra.get(TENSORS, {}) if dtype is None else {}
+  kinds = {s.name: DTYPES[before[s.name]] if s.name in before else kind for s in wanted}
+  kind = _usual(wanted, kinds)
   folder = step.parent.parent if step.parent.name == "checkpoints" else step
   store = Store(step)
   with aside(out) as building:
     read = lambda path, index: store.read(arrays[path], index)
-    size = write_tensors(building, wanted, read, kind, shard)
+    size = write_tensors(building, wanted, read, kinds, shard)
     _carry(folder, building)
     ids = _special(config, folder, extra.get(HUB, {}), building)
     rest = {key: v for key, v in extra.get(HUB, {}).items() if key in KEPT}
@@ -158,6 +164,20 @@ def named(
       return family, written
     reasons.append(f"as {family.model_type}, {reason}")
   raise CheckpointError(f"the hub has no family that computes this: {reasons[0]}")
+
+
+def _held(fitted: Sequence[Fitted], declared: Mapping[str, Any]) -> dict[str, str]:
+  """The dtypes of tensors, by their names, whose values the parameters hold as they are."""
+  exact = lambda slot, kind: np.can_cast(kind, np.dtype(declared[slot.parts[0][0]].dtype))
+  return {slot.name: tensor.kind for slot, tensor in fitted if exact(slot, tensor.dtype)}
+
+
+def _usual(wanted: Sequence[Slot], kinds: Mapping[str, np.dtype]) -> np.dtype:
+  """The dtype of most numbers."""
+  counts = dict.fromkeys(kinds.values(), 0)
+  for slot in wanted:
+    counts[kinds[slot.name]] += math.prod(slot.shape)
+  return max(counts, key=lambda kind: counts[kind])
 
 
 def _slots(family: Family, shapes: Shapes, stages: Sequence[tuple[int, int]]) -> list[Slot]:

@@ -85,23 +85,30 @@ def tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write(
-  path: Path, shapes: Mapping[str, Sequence[int]], dtype: np.dtype, arrays: Iterable[np.ndarray]
+  path: Path,
+  shapes: Mapping[str, Sequence[int]],
+  dtypes: Mapping[str, np.dtype],
+  arrays: Iterable[np.ndarray],
 ) -> None:
-  """A file of tensors of one dtype, each taken from `arrays` and written before the next.
+  """A file of tensors, each taken from `arrays` and written before the next.
 
   Raises OSError.
   """
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
   end = 0
   for name, shape in shapes.items():
-    begin, end = end, end + math.prod(shape) * dtype.itemsize
-    header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    begin, end = end, end + math.prod(shape) * dtypes[name].itemsize
+    header[name] = {
+      "dtype": NAMES[dtypes[name]],
+      "shape": list(shape),
+      "data_offsets": [begin, end],
+    }
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % ALIGNMENT)
   with path.open("wb") as file:
     file.write(struct.pack("<Q", len(text)) + text)
-    for shape, array in zip(shapes.values(), arrays, strict=True):
-      assert array.shape == tuple(shape) and array.dtype == dtype
+    for (name, shape), array in zip(shapes.items(), arrays, strict=True):
+      assert array.shape == tuple(shape) and array.dtype == dtypes[name]
       file.write(_bytes(np.ascontiguousarray(array)))
 
 

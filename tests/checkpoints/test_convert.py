@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from safetensors.torch import load_file
 
 from maxtext import config, conversion, convert
 from maxtext.checkpoints import hub, safetensors
@@ -86,6 +87,22 @@ def test_transformers_takes_the_fields_that_are_written_for_llama4():
   _, written = conversion.named(loaded, loaded.decoder())
   opened = transformers.Llama4TextConfig(**written)
   assert opened.floor_scale == described["floor_scale"]
+
+
+def test_each_tensor_comes_back_in_the_dtype_it_had(model, tmp_path):
+  """As a router's bias in float32 beside weights in bfloat16; transformers reads them too."""
+  wide = {"model.norm.weight": np.float32, "model.layers.1.mlp.up_proj.weight": np.float16}
+  held = {n: x.astype(wide.get(n, ml_dtypes.bfloat16)) for n, x in tensors(model).items()}
+  rewrite(model, dict(sorted(held.items(), key=lambda pair: -pair[1].itemsize)))
+  conversion.from_hf(model, tmp_path / "run")
+  conversion.to_hf(tmp_path / "run", tmp_path / "back")
+  assert same(tensors(tmp_path / "back"), held)
+  assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+  read = load_file(tmp_path / "back" / "model.safetensors")
+  assert {name: x.shape for name, x in read.items()} == {n: x.shape for n, x in held.items()}
+  conversion.from_hf(model, tmp_path / "rounded", ["weight_dtype=bfloat16"])
+  conversion.to_hf(tmp_path / "rounded", tmp_path / "less")
+  assert {x.dtype for x in tensors(tmp_path / "less").values()} == {np.dtype(ml_dtypes.bfloat16)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -221,7 +238,8 @@ def spoil_config(**fields: object):
 
 def rewrite(folder: Path, held: dict[str, np.ndarray]) -> None:
   shapes = {name: array.shape for name, array in held.items()}
-  safetensors.write(folder / "model.safetensors", shapes, np.dtype(np.float32), held.values())
+  dtypes = {name: array.dtype for name, array in held.items()}
+  safetensors.write(folder / "model.safetensors", shapes, dtypes, held.values())
 
 
 @pytest.mark.parametrize(

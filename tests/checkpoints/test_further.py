@@ -42,7 +42,10 @@ def test_a_layer_of_multi_token_prediction_is_taken_if_asked_for_and_comes_back(
   every = {**plain, **further, **copies}
   shapes = {name: x.shape for name, x in every.items()}
   safetensors.write(
-    tmp_path / "hub" / "model.safetensors", shapes, np.dtype(np.float32), iter(every.values())
+    tmp_path / "hub" / "model.safetensors",
+    shapes,
+    {name: x.dtype for name, x in every.items()},
+    iter(every.values()),
   )
   for words, kept in (([], plain), (["mtp_num_layers=1"], {**plain, **further})):
     run, back = (tmp_path / f"{name}{len(words)}" for name in ("run", "back"))

@@ -50,7 +50,9 @@ class Model:
   def dtype(self) -> np.dtype:
     """The one that holds every tensor as it is."""
     kinds = {tensor.dtype for tensor in self.tensors.values()}
-    return functools.reduce(np.promote_types, kinds) if kinds else np.dtype(np.float32)
+    if len(kinds) == 1:
+      return kinds.pop()
+    return functools.reduce(np.promote_types, kinds, np.dtype(np.float32))
 
   def fitted(self, shapes: Shapes, stages: Sequence[tuple[int, int]]) -> list[Fitted]:
     """Each tensor that parameters of these shapes are made of, and where it is.
