@@ -105,6 +105,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
   ),
   "phi3": ("Phi3", NO_HEAD_DIM | WINDOW),
   "gpt2": ("GPT2", GPT2),
+  "gpt2, scores as they are": (
+    "GPT2",
+    GPT2 | {"scale_attn_weights": False, "activation_function": "relu2"},
+  ),
   "phi3, longrope": ("Phi3", NO_HEAD_DIM | {"rope_parameters": LONG} | LONGEST),
   "llama, dynamic rope": ("Llama", SIZES | {"rope_parameters": DYNAMIC} | SHORT),
   "gpt_neox": ("GPTNeoX", NEOX),

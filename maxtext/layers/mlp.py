@@ -19,6 +19,7 @@ ACTIVATIONS = {
   "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),
   "relu": jax.nn.relu,
+  "relu2": lambda x: jnp.square(jax.nn.relu(x)),
   "linear": lambda x: x,
 }
 

@@ -8,7 +8,7 @@ from typing import Literal
 from maxtext.errors import ConfigError
 from maxtext.specs.limits import above, at_least
 
-Activation = Literal["silu", "gelu", "gelu_exact", "gelu_quick", "relu", "linear"]
+Activation = Literal["silu", "gelu", "gelu_exact", "gelu_quick", "relu", "relu2", "linear"]
 
 
 @dataclasses.dataclass(frozen=True)

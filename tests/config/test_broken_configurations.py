@@ -197,7 +197,7 @@ COMMAND_LINES = [
   ("partial_rotary_factor=0", "partial_rotary_factor: 0 is not above 0"),
   ("rope_type=llama3", "rope_type: 'llama3' is not known, did you mean 'llama3.1'?"),
   ("rope_type=yarn rope_factor=0.5", "rope_factor: 0.5 is not at least 1"),
-  ("rope_type=yarn beta_slow=50", "beta_slow: beta_fast=32 must be above beta_slow=50"),
+  ("rope_type=yarn beta_slow=50", "beta_slow: beta_fast=32 must not be below beta_slow=50"),
   ("rope_type=yarn beta_fast=0", "beta_fast: 0.0 is out of range; use above 0"),
   (
     "rope_type=yarn rope_linear_scaling_factor=2",

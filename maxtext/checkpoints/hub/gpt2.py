@@ -8,6 +8,7 @@ from maxtext.checkpoints.hub.tensors import TURN
 from maxtext.checkpoints.tables import Map
 
 H = "transformer.h.{l}."
+SCALE = "query_pre_attn_scalar"
 TENSORS = (
   Map("embedding", "transformer.wte.weight"),
   Map("positions", "transformer.wpe.weight"),
@@ -70,7 +71,10 @@ FAMILIES = (
       Act(("activation_function",), "gelu_new", gated=False),
       Function(lambda config: {}, _rates),
       Field("logits_via_embedding", "tie_word_embeddings"),
-      Only("scale_attn_weights", True),
+      Function(
+        lambda config: {} if config.get("scale_attn_weights", True) else {SCALE: 1.0},
+        lambda keys: {"scale_attn_weights": keys.get(SCALE) != 1.0},
+      ),
       Only("scale_attn_by_inverse_layer_idx", False),
       Only("add_cross_attention", False),
     ),

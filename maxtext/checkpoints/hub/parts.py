@@ -17,6 +17,7 @@ ACTIVATIONS = {  # theirs -> ours; of several names for one function the first i
   "gelu": "gelu_exact",
   "quick_gelu": "gelu_quick",
   "relu": "relu",
+  "relu2": "relu2",
   "swish": "silu",
   "gelu_new": "gelu",
   "gelu_fast": "gelu",
