@@ -25,6 +25,10 @@ os.environ["XLA_FLAGS"] = " ".join([given, *wanted]).strip()
 def compiled_programs_end_with_their_module():
   """Each takes up to a hundred memory maps, of which a process may have 65,530 on Linux."""
   yield
+  forget_programs()
+
+
+def forget_programs():
   if "jax" in sys.modules:
     sys.modules["jax"].clear_caches()
     gc.collect()

@@ -28,6 +28,7 @@ from tests.caches.cases import (
   reach,
   tokens,
 )
+from tests.conftest import forget_programs
 
 PLAIN = Storage(jnp.float32)
 COMPACT = ("rows", "row_rings", "paged")  # where padding takes no slot
@@ -137,7 +138,10 @@ def test_any_cache_given_tokens_in_any_parts_is_one_pass(examples):
   @given(cases())
   def run(case):
     check(**case)
+    if next(count) % 20 == 0:
+      forget_programs()  # each case compiles its own, and a process has room for so many only
 
+  count = itertools.count(1)
   run()
 
 
