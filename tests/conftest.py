@@ -5,6 +5,7 @@ program, up to how its code is made, in less than half the time.
 """
 
 import gc
+import logging
 import os
 import sys
 
@@ -26,6 +27,16 @@ def compiled_programs_end_with_their_module():
   """Each takes up to a hundred memory maps, of which a process may have 65,530 on Linux."""
   yield
   forget_programs()
+
+
+@pytest.fixture(autouse=True)
+def the_log_ends_with_its_test():
+  """A run that a test starts takes the log over; the next test finds it as it was."""
+  log = logging.getLogger("maxtext")
+  before = log.handlers[:], log.propagate, log.level
+  yield
+  log.handlers[:], log.propagate = before[:2]
+  log.setLevel(before[2])
 
 
 def forget_programs():

@@ -19,7 +19,6 @@ from maxtext.checkpoints.manager import Checkpoints, restore_parameters
 from maxtext.data.corpus import open_corpus
 from maxtext.data.tokenizers import ByteTokenizer
 from maxtext.errors import UserError
-from maxtext.log import log
 from maxtext.masks import Mask
 from maxtext.training.state import tree
 from tests.data import vocabularies
@@ -55,15 +54,6 @@ def write(folder, keys, steps=(2,)):
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
   return write(tmp_path_factory.mktemp("runs") / "bytes", [], steps=(2, 4))
-
-
-@pytest.fixture(autouse=True)
-def _logger_as_before():
-  """The command sets it up for a process of its own."""
-  before = log.handlers[:], log.propagate, log.level
-  yield
-  log.handlers[:], log.propagate = before[:2]
-  log.setLevel(before[2])
 
 
 @pytest.fixture
