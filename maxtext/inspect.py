@@ -59,9 +59,8 @@ def lines(folder: Path, manifest: Manifest, hashed: bool) -> Iterator[str]:
   for array in sorted(manifest.arrays, key=lambda array: array.path):
     columns = [array.path, shape_text(array.shape), array.dtype, array.sharding]
     if hashed:
-      from maxtext.checkpoints.stores import (
-        Store,
-      )  # only what hashes waits for TensorStore and numpy
+      # only what hashes waits for TensorStore and numpy
+      from maxtext.checkpoints.stores import Store
 
       content = Store(folder).read(array).ravel().view("uint8")
       columns.append(hashlib.sha256(content.data).hexdigest())

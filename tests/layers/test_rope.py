@@ -200,8 +200,8 @@ def test_a_grid_refuses_other_tokens_than_its_own():
       "attention_factor: 0 is not above 0",
     ),
     (
-      lambda: WavelengthScaling(factor=4, original_length=8, low_freq_factor=4),
-      "high_freq_factor: 4 is not above low_freq_factor=4",
+      lambda: WavelengthScaling(factor=4, original_length=8, low_freq_factor=5),
+      "high_freq_factor: 4 is not above low_freq_factor=5",
     ),
     (lambda: NtkScaling(factor=0, original_length=8, length=8), "factor: 0 is not at least 1"),
     (lambda: dataclasses.replace(LONG, short=(0.0,) * 16), "short: must be above 0 for every"),
