@@ -10,10 +10,9 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -84,7 +83,7 @@ class Rules:
           f"{' x '.join(taken)} = {ways}; use a size that is a multiple of {ways}, or a "
           f"parallelism of {math.gcd(size, ways)}",
         )
-      spec.append(_entry(taken))
+      spec.append(entry_of(taken))
     return PartitionSpec(*spec)
 
 
@@ -106,17 +105,17 @@ class Layout:
   def gathered(self, axes: Axes, shape: Sequence[int]) -> NamedSharding:
     """Where a parameter stands in use: whole along every mesh axis that splits tokens."""
     split = self.rules.spec(axes, self.mesh.shape, shape)
-    left = [tuple(m for m in _names(entry) if m not in self._joined) for entry in split]
-    return NamedSharding(self.mesh, PartitionSpec(*map(_entry, left)))
+    left = [tuple(m for m in names_of(entry) if m not in self._joined) for entry in split]
+    return NamedSharding(self.mesh, PartitionSpec(*map(entry_of, left)))
 
   def shares(self, axes: Axes, shape: Sequence[int]) -> tuple[list[tuple[str, ...]], PartitionSpec]:
     """The mesh axes that gathering a parameter leaves out, by dimension; and how the parameter is
     split when they come innermost.
     """
-    split = map(_names, self.rules.spec(axes, self.mesh.shape, shape))
+    split = map(names_of, self.rules.spec(axes, self.mesh.shape, shape))
     new = [tuple(m for m in names if m in self._joined) for names in split]
-    kept = map(_names, self.gathered(axes, shape).spec)
-    return new, PartitionSpec(*(_entry(old + more) for old, more in zip(kept, new)))
+    kept = map(names_of, self.gathered(axes, shape).spec)
+    return new, PartitionSpec(*(entry_of(old + more) for old, more in zip(kept, new)))
 
   def splits(self, axis: str) -> tuple[str, ...]:
     """The mesh axes that split a logical axis, outermost first."""
@@ -129,7 +128,7 @@ class Layout:
   @property
   def tokens(self) -> PartitionSpec:
     """How [b t ...] is split into tokens: the first two dimensions, the others whole."""
-    return PartitionSpec(_entry(self.splits("activation_batch")), _entry(self.splits(LENGTH)))
+    return PartitionSpec(entry_of(self.splits("activation_batch")), entry_of(self.splits(LENGTH)))
 
   @property
   def token_axes(self) -> tuple[str, ...]:
@@ -186,168 +185,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))
 
 
-def gather(w: jax.Array, axes: Axes) -> jax.Array:
-  """A parameter as a contraction uses it: not split over the axes that split the batch.
-
-  Left to itself, XLA's partitioner may instead move the activations over those axes, and for small
-  batches computes a wrong product when it does (tests/test_partitioner.py keeps the case).
-  """
-  if (layout := _active.get()) is None or layout.mesh.size == 1:
-    return w
-  whole = layout.gathered(axes, w.shape)
-  new, place = layout.shares(axes, w.shape)
-
-  def joined(w: jax.Array) -> jax.Array:
-    for i, names in enumerate(new):
-      w = join(w, names, i) if names else w
-    return w
-
-  if any(new):
-    w = jax.shard_map(
-      joined, mesh=layout.mesh, in_specs=place, out_specs=whole.spec, check_vma=False
-    )(w)
-  return jax.lax.with_sharding_constraint(w, whole)
-
-
-def partial(product: Callable[..., jax.Array], axes: Axes, *rows: jax.Array) -> jax.Array:
-  """product(*rows) for every share of the tokens by itself -> [ways ...], each where they are.
-
-  `rows` are [b t ...]; the product has the shape of a parameter with these axes, and is a sum over
-  all tokens once `scatter` has added the shares up.
-  """
-  layout = _active.get()
-  if layout is None or not (tokens := layout.token_axes):
-    return product(*rows)[None]
-
-  def one(*rows: jax.Array) -> jax.Array:
-    share = product(*rows)
-    place = layout.gathered(axes, share.shape).spec
-    return jax.lax.with_sharding_constraint(share, place)[None]
-
-  return jax.shard_map(
-    one,
-    mesh=layout.mesh,
-    in_specs=layout.tokens,
-    out_specs=PartitionSpec(tokens),
-    axis_names=set(tokens),  # over the other axes it stays one program
-    check_vma=False,
-  )(*rows)
-
-
-def scatter(shares: jax.Array, axes: Axes) -> jax.Array:
-  """The sum of the `partial` products of a parameter with these axes, split as the parameter is.
-
-  Of what it is asked to add up and split, XLA's partitioner would make the whole sum on every
-  device first: here no device receives more than its own part.
-  """
-  layout, shape = _active.get(), shares.shape[1:]
-  if layout is None or not (tokens := layout.token_axes):
-    return constrain(shares[0], *axes)
-  new, place = layout.shares(axes, shape)
-  rest = tuple(m for m in tokens if not any(m in names for names in new))
-
-  def add(shares: jax.Array) -> jax.Array:
-    total = shares[0]
-    for i, names in enumerate(new):
-      total = add_and_split(total, names, i) if names else total
-    return jax.lax.psum(total, rest) if rest else total
-
-  total = jax.shard_map(
-    add,
-    mesh=layout.mesh,
-    in_specs=PartitionSpec(tokens, *layout.gathered(axes, shape).spec),
-    out_specs=place,
-    check_vma=False,
-  )(shares)
-  return constrain(total, *axes)
-
-
-def take_rows(w: jax.Array, axes: Axes, rows: jax.Array) -> jax.Array:
-  """Rows [b t] of a table [v d] -> [b t d]. The rows that are asked for travel, not the table."""
-  layout = _active.get()
-  if layout is None or not layout.token_axes or not layout.even(rows):
-    return gather(w, axes)[rows]
-  (joined, moved), place = layout.shares(axes, w.shape)
-  split, kept = layout.gathered(axes, w.shape).spec
-
-  def take(w: jax.Array, rows: jax.Array) -> jax.Array:
-    w = join(w, joined, 0) if joined else w
-    rows = jax.lax.all_gather(rows, moved) if moved else rows
-    y = w.at[_own(rows, w.shape[0], _names(split))].get(mode="fill", fill_value=0)
-    y = jax.lax.psum(y, _names(split)) if split else y
-    if not moved:
-      return y
-    y = jnp.moveaxis(jax.lax.all_to_all(y, moved, 0, 0), 0, 2)  # [b t ways d/ways]
-    return y.reshape(*y.shape[:2], y.shape[2] * y.shape[3])
-
-  return jax.shard_map(
-    take,
-    mesh=layout.mesh,
-    in_specs=(place, layout.tokens),
-    out_specs=PartitionSpec(*layout.tokens, kept),
-    check_vma=False,
-  )(w, rows)
-
-
-def add_rows(g: jax.Array, axes: Axes, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """g [b t d] added up in float32 in the rows [b t] of a table [v d] that is otherwise zero."""
-  layout = _active.get()
-  if layout is None or not layout.token_axes:
-    return constrain(jnp.zeros(shape, jnp.float32).at[rows].add(g.astype(jnp.float32)), *axes)
-  (joined, moved), place = layout.shares(axes, shape)
-  split, kept = layout.gathered(axes, shape).spec
-  rest = tuple(m for m in layout.token_axes if m not in (*joined, *moved))
-  height = shape[0] // math.prod(layout.mesh.shape[m] for m in _names(split))
-
-  def add(g: jax.Array, rows: jax.Array) -> jax.Array:
-    if moved:
-      ways = jax.lax.axis_size(moved)
-      g = g.reshape(*g.shape[:2], ways, g.shape[2] // ways)
-      g = jax.lax.all_to_all(jnp.moveaxis(g, 2, 0), moved, 0, 0)
-      rows = jax.lax.all_gather(rows, moved)
-    total = jnp.zeros((height, g.shape[-1]), jnp.float32)
-    own = _own(rows, height, _names(split))
-    total = total.at[own].add(g.astype(jnp.float32), mode="drop")
-    total = add_and_split(total, joined, 0) if joined else total
-    return jax.lax.psum(total, rest) if rest else total
-
-  total = jax.shard_map(
-    add,
-    mesh=layout.mesh,
-    in_specs=(PartitionSpec(*layout.tokens, kept), layout.tokens),
-    out_specs=place,
-    check_vma=False,
-  )(g, rows)
-  return constrain(total, *axes)
-
-
-def _own(rows: jax.Array, height: int, names: tuple[str, ...]) -> jax.Array:
-  """Where rows of a table stand in this device's `height` of them; `height` for those of others."""
-  at = rows - jax.lax.axis_index(names) * height if names else rows
-  return jnp.where((at < 0) | (at >= height), height, at)
-
-
-def join(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
-  """All shares of x over these mesh axes, side by side along a dimension.
-
-  What is sent are whole blocks: along any dimension but the first, XLA would transpose every
-  element before and after.
-  """
-  blocks = jnp.moveaxis(jax.lax.all_gather(x, names), 0, dimension)
-  size = blocks.shape[dimension] * x.shape[dimension]
-  return blocks.reshape(*x.shape[:dimension], size, *x.shape[dimension + 1 :])
-
-
-def add_and_split(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
-  """Each device's share, along a dimension, of the sum of x over these mesh axes; as `join`
-  sends.
-  """
-  ways = jax.lax.axis_size(names)
-  size = x.shape[dimension] // ways
-  blocks = x.reshape(*x.shape[:dimension], ways, size, *x.shape[dimension + 1 :])
-  return jax.lax.psum_scatter(jnp.moveaxis(blocks, dimension, 0), names)
-
-
 @dataclasses.dataclass(frozen=True)
 class Declared:
   """One parameter before it exists: its shape, dtype and the logical names of its dimensions."""
@@ -373,7 +210,7 @@ def table(params: Mapping[str, Declared], layout: Layout, tolerance: float) -> s
   rows, used, total, whole = [], set(layout.token_axes), 0, []
   for name, p in params.items():
     spec = layout.rules.spec(p.axes, layout.mesh.shape, p.shape, name)
-    split = [m for entry in spec for m in _names(entry)]
+    split = [m for entry in spec for m in names_of(entry)]
     bytes_all = math.prod(p.shape) * p.dtype.itemsize
     bytes_here = bytes_all // math.prod(layout.mesh.shape[m] for m in split)
     rows.append(
@@ -400,15 +237,15 @@ def table(params: Mapping[str, Declared], layout: Layout, tolerance: float) -> s
   return "\n".join(lines)
 
 
-def _names(entry: Entry) -> tuple[str, ...]:
+def names_of(entry: Entry) -> tuple[str, ...]:
   """The mesh axes of one dimension."""
   return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def _entry(names: tuple[str, ...]) -> Entry:
+def entry_of(names: tuple[str, ...]) -> Entry:
   """The same as a PartitionSpec spells them."""
   return None if not names else names[0] if len(names) == 1 else names
 
 
 def _spell(spec: PartitionSpec) -> str:
-  return " ".join("+".join(_names(entry)) or "-" for entry in spec)
+  return " ".join("+".join(names_of(entry)) or "-" for entry in spec)

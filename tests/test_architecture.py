@@ -19,6 +19,7 @@ LEVELS = (  # a module imports from levels above its own in this list, and from 
   ("errors", "log", "bounds"),
   ("specs", "masks", "mesh"),
   ("sharding",),
+  ("collectives",),
   ("kernels",),
   ("caches",),
   ("layers",),

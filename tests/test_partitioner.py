@@ -1,4 +1,4 @@
-"""The wrong product of XLA's partitioner that `sharding.gather` keeps away: here it is, alone.
+"""The wrong product of XLA's partitioner that `collectives.gather` keeps away: here it is, alone.
 
 openxla/xla#40034 is of this kind. When the first test fails, XLA is mended: then measure whether
 the guard is still worth its all-gathers, and drop both if not.
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from maxtext import sharding
+from maxtext import collectives, sharding
 
 ROWS, LENGTH, WIDTH, OUT = 4, 16, 64, 32
 RULES = sharding.Rules(
@@ -58,4 +58,4 @@ def test_the_partitioner_still_computes_a_wrong_product():
 
 def test_a_gathered_weight_gives_the_right_product():
   # 64 products of unit normals in float32 differ by their order only
-  assert error_of(lambda x, w: x @ sharding.gather(w, ("embed", "mlp"))) < 1e-4
+  assert error_of(lambda x, w: x @ collectives.gather(w, ("embed", "mlp"))) < 1e-4

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from maxtext import sharding
+from maxtext import collectives, sharding
 
 Arrays = tuple[jax.Array, ...]
 Axes = tuple[str | None, ...]
@@ -159,7 +159,7 @@ class _Place:
     """Parameters, gathered over the mesh axes that split tokens."""
     return tuple(
       functools.reduce(
-        lambda w, part: sharding.join(w, part[1], part[0]) if part[1] else w, enumerate(new), p
+        lambda w, part: collectives.join(w, part[1], part[0]) if part[1] else w, enumerate(new), p
       )
       for p, new in zip(params, self.new)
     )
@@ -169,7 +169,7 @@ class _Place:
     out = []
     for g, new in zip(grads, self.new):
       for i, names in enumerate(new):
-        g = sharding.add_and_split(g, names, i) if names else g
+        g = collectives.add_and_split(g, names, i) if names else g
       tokens = (*self.rows, *self.length)
       rest = tuple(m for m in tokens if not any(m in names for names in new))
       out.append(jax.lax.psum(g, rest) if rest else g)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maxtext import kernels, sharding
+from maxtext import collectives, kernels
 from maxtext.layers.sections import Experts
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -93,7 +93,7 @@ def contract(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _dot(equation, axes, precision, x, w):
-  return jnp.einsum(equation, x, sharding.gather(w.astype(x.dtype), axes), precision=precision)
+  return jnp.einsum(equation, x, collectives.gather(w.astype(x.dtype), axes), precision=precision)
 
 
 def _dot_forward(equation, axes, precision, x, w):
@@ -105,12 +105,12 @@ def _dot_backward(equation, axes, precision, saved, g):
   inputs, out = equation.split("->")
   a, b = inputs.split(",")
   dx = jnp.einsum(
-    f"{out},{b}->{a}", g, sharding.gather(w.astype(x.dtype), axes), precision=precision
+    f"{out},{b}->{a}", g, collectives.gather(w.astype(x.dtype), axes), precision=precision
   )
   product = functools.partial(
     jnp.einsum, f"{a},{out}->{b}", precision=precision, preferred_element_type=jnp.float32
   )
-  dw = sharding.scatter(sharding.partial(product, axes, x, g), axes)
+  dw = collectives.scatter(collectives.partial(product, axes, x, g), axes)
   return dx, dw.astype(w.dtype)
 
 
@@ -124,7 +124,7 @@ def lookup(p: nnx.Param, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _lookup(axes, shape, dtype, w, rows):
-  return sharding.take_rows(w.astype(dtype), axes, rows)
+  return collectives.take_rows(w.astype(dtype), axes, rows)
 
 
 def _lookup_forward(axes, shape, dtype, w, rows):
@@ -133,7 +133,7 @@ def _lookup_forward(axes, shape, dtype, w, rows):
 
 def _lookup_backward(axes, shape, dtype, saved, g):
   rows, like = saved
-  dw = sharding.add_rows(g, axes, rows, shape)
+  dw = collectives.add_rows(g, axes, rows, shape)
   return dw.astype(like.dtype), None
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxtext import sharding
+from maxtext import collectives, sharding
 
 Sums = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -54,7 +54,7 @@ def cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(head: Head, x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
-  used = sharding.gather(w.astype(x.dtype), head.axes)
+  used = collectives.gather(w.astype(x.dtype), head.axes)
 
   def tile(sums: Sums, part: tuple) -> tuple[Sums, None]:
     return _add(sums, _tile(head, used, *part)[0]), None
@@ -63,7 +63,7 @@ def _sums(head: Head, x: jax.Array, w: jax.Array, targets: jax.Array, weights: j
 
 
 def _forward(head: Head, x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array):
-  used = sharding.gather(w.astype(x.dtype), head.axes)
+  used = collectives.gather(w.astype(x.dtype), head.axes)
   a, b, out = head.equation.replace("->", ",").split(",")
 
   product = functools.partial(
@@ -74,12 +74,12 @@ def _forward(head: Head, x: jax.Array, w: jax.Array, targets: jax.Array, weights
     sums, shares = carry
     new, dlogits = _tile(head, used, *part)
     dx = jnp.einsum(f"{out},{b}->{a}", dlogits, used, precision=head.precision)
-    more = sharding.partial(product, head.axes, part[0], dlogits)
+    more = collectives.partial(product, head.axes, part[0], dlogits)
     return (_add(sums, new), shares + more), dx
 
-  none = sharding.partial(lambda x: jnp.zeros(w.shape, jnp.float32), head.axes, x)
+  none = collectives.partial(lambda x: jnp.zeros(w.shape, jnp.float32), head.axes, x)
   (sums, shares), dx = lax.scan(tile, (_zeros(), none), _cut(head, x, targets, weights))
-  dw = sharding.scatter(shares, head.axes)
+  dw = collectives.scatter(shares, head.axes)
   return sums, (_join(dx), dw.astype(w.dtype))
 
 

@@ -1,0 +1,180 @@
+"""What the devices of a mesh send each other for parameters that are split: gathered where they are
+used, and their gradients added up where they stand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from maxtext import sharding
+
+
+def gather(w: jax.Array, axes: sharding.Axes) -> jax.Array:
+  """A parameter as a contraction uses it: not split over the axes that split the batch.
+
+  Left to itself, XLA's partitioner may instead move the activations over those axes, and for small
+  batches computes a wrong product when it does (tests/test_partitioner.py keeps the case).
+  """
+  if (layout := sharding.active()) is None or layout.mesh.size == 1:
+    return w
+  whole = layout.gathered(axes, w.shape)
+  new, place = layout.shares(axes, w.shape)
+
+  def joined(w: jax.Array) -> jax.Array:
+    for i, names in enumerate(new):
+      w = join(w, names, i) if names else w
+    return w
+
+  if any(new):
+    w = jax.shard_map(
+      joined, mesh=layout.mesh, in_specs=place, out_specs=whole.spec, check_vma=False
+    )(w)
+  return jax.lax.with_sharding_constraint(w, whole)
+
+
+def partial(product: Callable[..., jax.Array], axes: sharding.Axes, *rows: jax.Array) -> jax.Array:
+  """product(*rows) for every share of the tokens by itself -> [ways ...], each where they are.
+
+  `rows` are [b t ...]; the product has the shape of a parameter with these axes, and is a sum over
+  all tokens once `scatter` has added the shares up.
+  """
+  layout = sharding.active()
+  if layout is None or not (tokens := layout.token_axes):
+    return product(*rows)[None]
+
+  def one(*rows: jax.Array) -> jax.Array:
+    share = product(*rows)
+    place = layout.gathered(axes, share.shape).spec
+    return jax.lax.with_sharding_constraint(share, place)[None]
+
+  return jax.shard_map(
+    one,
+    mesh=layout.mesh,
+    in_specs=layout.tokens,
+    out_specs=PartitionSpec(tokens),
+    axis_names=set(tokens),  # over the other axes it stays one program
+    check_vma=False,
+  )(*rows)
+
+
+def scatter(shares: jax.Array, axes: sharding.Axes) -> jax.Array:
+  """The sum of the `partial` products of a parameter with these axes, split as the parameter is.
+
+  Of what it is asked to add up and split, XLA's partitioner would make the whole sum on every
+  device first: here no device receives more than its own part.
+  """
+  layout, shape = sharding.active(), shares.shape[1:]
+  if layout is None or not (tokens := layout.token_axes):
+    return sharding.constrain(shares[0], *axes)
+  new, place = layout.shares(axes, shape)
+  rest = tuple(m for m in tokens if not any(m in names for names in new))
+
+  def add(shares: jax.Array) -> jax.Array:
+    total = shares[0]
+    for i, names in enumerate(new):
+      total = add_and_split(total, names, i) if names else total
+    return jax.lax.psum(total, rest) if rest else total
+
+  total = jax.shard_map(
+    add,
+    mesh=layout.mesh,
+    in_specs=PartitionSpec(tokens, *layout.gathered(axes, shape).spec),
+    out_specs=place,
+    check_vma=False,
+  )(shares)
+  return sharding.constrain(total, *axes)
+
+
+def take_rows(w: jax.Array, axes: sharding.Axes, rows: jax.Array) -> jax.Array:
+  """Rows [b t] of a table [v d] -> [b t d]. The rows that are asked for travel, not the table."""
+  layout = sharding.active()
+  if layout is None or not layout.token_axes or not layout.even(rows):
+    return gather(w, axes)[rows]
+  (joined, moved), place = layout.shares(axes, w.shape)
+  split, kept = layout.gathered(axes, w.shape).spec
+
+  def take(w: jax.Array, rows: jax.Array) -> jax.Array:
+    w = join(w, joined, 0) if joined else w
+    rows = jax.lax.all_gather(rows, moved) if moved else rows
+    y = w.at[_own(rows, w.shape[0], sharding.names_of(split))].get(mode="fill", fill_value=0)
+    y = jax.lax.psum(y, sharding.names_of(split)) if split else y
+    if not moved:
+      return y
+    y = jnp.moveaxis(jax.lax.all_to_all(y, moved, 0, 0), 0, 2)  # [b t ways d/ways]
+    return y.reshape(*y.shape[:2], y.shape[2] * y.shape[3])
+
+  return jax.shard_map(
+    take,
+    mesh=layout.mesh,
+    in_specs=(place, layout.tokens),
+    out_specs=PartitionSpec(*layout.tokens, kept),
+    check_vma=False,
+  )(w, rows)
+
+
+def add_rows(
+  g: jax.Array, axes: sharding.Axes, rows: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+  """g [b t d] added up in float32 in the rows [b t] of a table [v d] that is otherwise zero."""
+  layout = sharding.active()
+  if layout is None or not layout.token_axes:
+    return sharding.constrain(
+      jnp.zeros(shape, jnp.float32).at[rows].add(g.astype(jnp.float32)), *axes
+    )
+  (joined, moved), place = layout.shares(axes, shape)
+  split, kept = layout.gathered(axes, shape).spec
+  rest = tuple(m for m in layout.token_axes if m not in (*joined, *moved))
+  height = shape[0] // math.prod(layout.mesh.shape[m] for m in sharding.names_of(split))
+
+  def add(g: jax.Array, rows: jax.Array) -> jax.Array:
+    if moved:
+      ways = jax.lax.axis_size(moved)
+      g = g.reshape(*g.shape[:2], ways, g.shape[2] // ways)
+      g = jax.lax.all_to_all(jnp.moveaxis(g, 2, 0), moved, 0, 0)
+      rows = jax.lax.all_gather(rows, moved)
+    total = jnp.zeros((height, g.shape[-1]), jnp.float32)
+    own = _own(rows, height, sharding.names_of(split))
+    total = total.at[own].add(g.astype(jnp.float32), mode="drop")
+    total = add_and_split(total, joined, 0) if joined else total
+    return jax.lax.psum(total, rest) if rest else total
+
+  total = jax.shard_map(
+    add,
+    mesh=layout.mesh,
+    in_specs=(PartitionSpec(*layout.tokens, kept), layout.tokens),
+    out_specs=place,
+    check_vma=False,
+  )(g, rows)
+  return sharding.constrain(total, *axes)
+
+
+def _own(rows: jax.Array, height: int, names: tuple[str, ...]) -> jax.Array:
+  """Where rows of a table stand in this device's `height` of them; `height` for those of others."""
+  at = rows - jax.lax.axis_index(names) * height if names else rows
+  return jnp.where((at < 0) | (at >= height), height, at)
+
+
+def join(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
+  """All shares of x over these mesh axes, side by side along a dimension.
+
+  What is sent are whole blocks: along any dimension but the first, XLA would transpose every
+  element before and after.
+  """
+  blocks = jnp.moveaxis(jax.lax.all_gather(x, names), 0, dimension)
+  size = blocks.shape[dimension] * x.shape[dimension]
+  return blocks.reshape(*x.shape[:dimension], size, *x.shape[dimension + 1 :])
+
+
+def add_and_split(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
+  """Each device's share, along a dimension, of the sum of x over these mesh axes; as `join`
+  sends.
+  """
+  ways = jax.lax.axis_size(names)
+  size = x.shape[dimension] // ways
+  blocks = x.reshape(*x.shape[:dimension], ways, size, *x.shape[dimension + 1 :])
+  return jax.lax.psum_scatter(jnp.moveaxis(blocks, dimension, 0), names)
