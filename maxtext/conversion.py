@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from maxtext.checkpoints.safetensors import DTYPES
 from maxtext.checkpoints.stores import NewStore, Store
 from maxtext.checkpoints.tables import AHEAD, Shapes, Slot, slots
 from maxtext.config import Config
-from maxtext.config.values import render
 from maxtext.data.huggingface import CONFIG as TOKENIZER_CONFIG
 from maxtext.data.huggingface import GENERATION
 from maxtext.data.kinds import KINDS
@@ -153,17 +153,21 @@ def named(
   for family in hub.families(architecture.decoder_block, kind):
     try:
       written = family.config(keys)
-      back = hub.keys(json.loads(json.dumps(written)))
-      words = [f"{key}={render(value)}" for key, value in back.items()]
-      words += ["dataset_type=synthetic", "max_target_length=1"]
-      found = configs.load(words, {}, purpose="decode").decoder()
-      reason = difference(wanted, found)
+      reason = difference(wanted, _read_again(written))
     except (CheckpointError, ConfigError, KeyError) as error:
       reason = str(error).splitlines()[0]
     if reason is None:
       return family, written
     reasons.append(f"as {family.model_type}, {reason}")
   raise CheckpointError(f"the hub has no family that computes this: {reasons[0]}")
+
+
+def _read_again(written: dict[str, Any]) -> DecoderSpec:
+  """What a config.json describes. Raises CheckpointError or ConfigError."""
+  words = ["dataset_type=synthetic", "max_target_length=1"]
+  with tempfile.TemporaryDirectory() as folder:
+    (Path(folder) / hub.CONFIG).write_text(json.dumps(written))
+    return configs.load(words, {}, purpose="decode", model=Path(folder)).decoder()
 
 
 def _held(fitted: Sequence[Fitted], declared: Mapping[str, Any]) -> dict[str, str]:

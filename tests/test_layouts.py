@@ -25,7 +25,6 @@ MODELS = {
   "moe": (
     "decoder_block=mixtral",
     "num_experts=5",
-    "base_moe_mlp_dim=24",
     "opt_type=sgd",  # steps of a gradient's noise would let a token choose another expert
     "learning_rate=0.1",
     "load_balance_loss_weight=0.1",

@@ -13,7 +13,6 @@ from tests import test_equivalence as whole
 MOE = (
   "decoder_block=mixtral",
   "num_experts=5",
-  "base_moe_mlp_dim=24",
   "opt_type=sgd",
   "learning_rate=0.1",
 )

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -115,10 +116,12 @@ def ours(described: Mapping[str, Any], tensors: Weights, **more: Any) -> Ours:
   """Our model with these tensors, each of which is taken and can be given back to the bit; `more`
   keys are set besides.
   """
-  keys = {key: v for key, v in hub.keys(described).items() if key != "vocab_size"} | more
-  argv = [f"{key}={render(value)}" for key, value in keys.items()]
-  loaded = config.load([*argv, "max_target_length=64"], {}, purpose="decode")
-  spec = loaded.decoder(described["vocab_size"])
+  argv = ["dataset_type=synthetic", "max_target_length=64"]
+  argv += [f"{key}={render(value)}" for key, value in more.items()]
+  with tempfile.TemporaryDirectory() as folder:
+    (Path(folder) / hub.CONFIG).write_text(json.dumps(described))
+    loaded = config.load(argv, {}, purpose="decode", model=Path(folder))
+  spec = loaded.decoder()
   plan = Plan.of(functools.partial(Decoder, spec, Compute(kernel="dot_product"), loaded.memory))
   shapes = {path: declared.shape for path, declared in plan.declared.items()}
   params = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}

@@ -12,11 +12,22 @@ from typing import Literal
 from maxtext.bounds import LARGEST
 from maxtext.config.complaints import Complaint
 from maxtext.config.config import Config
+from maxtext.config.decoder import ELSEWHERE, in_effect
 from maxtext.config.needs import NEEDS
 from maxtext.config.sections import SECTION_OF
 from maxtext.config.sources import ENVIRONMENT, PRESET
 from maxtext.config.values import brief, shown
 from maxtext.errors import closest
+
+# What decides which blocks the layers are, and which width their experts have.
+DECIDERS = (
+  "layer_pattern",
+  "first_num_dense_layers",
+  "interleave_moe_layer_step",
+  "nope_layer_interval",
+  "base_moe_mlp_dim",
+  "base_num_decoder_layers",
+)
 
 Problem = tuple[str, ...]
 Purpose = Literal["train", "decode"]
@@ -47,13 +58,19 @@ def _presets(config: Config) -> Iterator[Problem]:
 
 def _unused(config: Config) -> Iterator[Problem]:
   """Keys that were set, and that nothing reads in this run."""
-  for key, section in SECTION_OF.items():
-    if section == "architecture" and key not in config.block.uses and config.differs(key):
+  given = [k for k, s in SECTION_OF.items() if s == "architecture" and config.differs(k)]
+  for key in given:
+    if key not in config.block.uses:
       yield (
         key,
         f"decoder block {shown(config.block.name)} does not use it; leave it away",
         "decoder_block",
       )
+  idle = config.block.uses - ELSEWHERE - in_effect(config.block, config.architecture)
+  for key in filter(idle.__contains__, given):
+    if not any(_rests(config, key, decider) for decider in DECIDERS):
+      others = [each for each in DECIDERS[:-1] if each in given]
+      yield key, "none of this model's layers uses it; leave it away", *others
   for need in NEEDS:
     if not need.holds(config):
       for key in filter(config.differs, need.keys):

@@ -35,6 +35,7 @@ ELSEWHERE = {  # keys that take effect whatever the block file says
   "max_position_embeddings",
   "vocab_size",
 }
+PATTERN = ("pattern", "instead")  # which blocks the layers are
 REFERENCE = re.compile(r"\$\{(.*?)\}")
 
 # Line, path within the file, what is wrong, and the architecture key at fault, if one is.
@@ -70,18 +71,34 @@ def spec(
   reading = _Reading(_values(sizes))
   root = dict(reading.fill(file.root).entries)
   blocks = reading.blocks(root.pop("blocks", Node({}, file.root.line)))
-  written, own = root.pop("pattern", None), sizes.layer_pattern
-  node = _filled(own, written.line if written else 0, "layer_pattern") if own else written
-  pattern, instead = reading.pattern(node, blocks), root.pop("instead", Node([]))
-  layers = sizes.sizes()["base_num_decoder_layers"]
-  names = [pattern[i % len(pattern)] for i in range(layers)] if pattern else []
-  names = names if own else reading.exchanged(names, instead, blocks)
+  names = reading.layers(root.pop("pattern", None), root.pop("instead", Node([])), sizes, blocks)
   built = [block for name in names if (block := blocks.get(name)) is not None]
   ready = {"vocab": vocabulary, "stages": staged(built) if built else ()}
   further = reading.further(root.pop("mtp", Node("0")))
   ready["mtp"] = MtpSpec(further, built[-1]) if further and built else None
   made = reading.build(DecoderSpec, Node(root), "", ready)
   return (None if reading.problems else made), reading.problems
+
+
+def in_effect(file: BlockFile, sizes: Architecture) -> set[str]:
+  """Of the architecture keys that the file names, those that some layer of this decoder is made
+  with, or what is around the layers.
+  """
+  reading, around = _Reading(_values(sizes)), dict(file.root.entries)
+  trees = reading.trees(around.pop("blocks", EMPTY))
+  parts = (reading.fill(around[name]) if name in around else None for name in PATTERN)
+  written, instead = parts
+  names = reading.layers(written, instead or Node([]), sizes, trees)
+  if reading.problems:  # which say what is wrong
+    return file.uses
+  texts = [*_texts(Node(around))]
+  texts += [text for name in {*names} for text in _texts(trees[name])]
+  made = dict(MADE)
+  if sizes.base_moe_mlp_dim is not None:
+    del made["base_moe_mlp_dim"]
+  return {
+    key for text in texts for each in REFERENCE.findall(text) for key in made.get(each, (each,))
+  }
 
 
 def _values(sizes: Architecture) -> dict[str, Any]:
@@ -124,6 +141,14 @@ class _Reading:
 
   def blocks(self, node: Node) -> dict[str, BlockSpec | None]:
     """Each named block, built once; None for one with problems."""
+    built = {
+      name: self.build(BlockSpec, tree, f"blocks.{brief(name)}")
+      for name, tree in self.trees(node).items()
+    }
+    return {name: built.get(name) for name in node.entries}
+
+  def trees(self, node: Node) -> dict[str, Node]:
+    """What each named block consists of, with what it has from the one it is like."""
     if not isinstance(node.value, dict) or not node.value:
       self._add(node, "blocks", "is missing; name each block and what it consists of")
       return {}
@@ -141,10 +166,17 @@ class _Reading:
           )
           continue
       trees[name] = tree
-    built = {
-      name: self.build(BlockSpec, tree, f"blocks.{brief(name)}") for name, tree in trees.items()
-    }
-    return {name: built.get(name) for name in node.value}
+    return trees
+
+  def layers(
+    self, written: Node | None, instead: Node, sizes: Architecture, blocks: Mapping[str, Any]
+  ) -> list[str]:
+    """The name of every layer's block, given the file's pattern and the changes of it."""
+    own = sizes.layer_pattern
+    node = _filled(own, written.line if written else 0, "layer_pattern") if own else written
+    pattern, count = self.pattern(node, blocks), sizes.sizes()["base_num_decoder_layers"]
+    names = [pattern[i % len(pattern)] for i in range(count)] if pattern else []
+    return names if own else self.exchanged(names, instead, blocks)
 
   def pattern(self, node: Node | None, blocks: Mapping[str, Any]) -> list[str]:
     """The names of one cycle; a file with one block needs none."""

@@ -235,6 +235,18 @@ COMMAND_LINES = [
   # experts
   ("num_experts=4", "num_experts: decoder block 'llama2' does not use it"),
   (
+    "decoder_block=mixtral base_mlp_dim=64 base_moe_mlp_dim=32",
+    "base_mlp_dim: none of this model's layers uses it; leave it away (base_moe_mlp_dim=32",
+  ),
+  (
+    "decoder_block=mixtral first_num_dense_layers=99 num_experts=4",
+    "num_experts: none of this model's layers uses it",
+  ),
+  (
+    "layer_pattern=[full] sliding_window_size=4",
+    "sliding_window_size: none of this model's layers uses it; leave it away (layer_pattern=[full]",
+  ),
+  (
     "decoder_block=moe num_experts_per_tok=9",
     "num_experts_per_tok: 9 of 8 experts; use at most all",
   ),

@@ -230,6 +230,17 @@ def test_layer_pattern_takes_the_blocks_in_another_order(loaded, refused):
   )
 
 
+def test_a_key_waits_beside_what_leaves_it_no_layer(loaded, refused):
+  """As in a preset, or in the configuration that a run has written; not on top of it."""
+  preset = "model_name=qwen3-30b-a3b"
+  assert loaded(preset).architecture.base_mlp_dim == 6144
+  assert loaded(preset, "first_num_dense_layers=1", "base_mlp_dim=64")
+  own = {"run.yml": "decoder_block: mixtral\nbase_mlp_dim: 64\nbase_moe_mlp_dim: 32\n"}
+  assert loaded("run.yml", files=own)
+  (line,) = refused(preset, "base_mlp_dim=64")
+  assert line.startswith("command line  base_mlp_dim: none of this model's layers uses it")
+
+
 def test_blocks_may_take_the_place_of_those_of_the_pattern(loaded, refused):
   own = OWN.replace("pattern: [local, local, global]", "pattern: [local]\ninstead:\n")
   own += "  - {every: 3, local: global}\n  - {first: 1, local: global}\n"
