@@ -15,7 +15,7 @@ from maxtext.checkpoints.arrays import Array
 from maxtext.checkpoints.folder import STATE
 from maxtext.errors import CheckpointError
 
-CACHE = 2**29  # bytes of chunks that are kept, for when a slice is a part of one
+CACHE = 2**24  # bytes of chunks that are kept, for when a slice is a part of one
 
 
 class Store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -352,6 +353,39 @@ def test_a_trained_state_is_written_whatever_mesh_and_files_it_has(model, tmp_pa
     checkpoints.save(3, state, {"config": loaded.resolved()}, force=True)
   conversion.to_hf(tmp_path / "run", tmp_path / "back")
   assert same(tensors(tmp_path / "back"), tensors(model))
+
+
+PEAK = """
+import resource, sys
+from maxtext import conversion
+peaks = []
+for name in ("small", "large"):
+  conversion.to_hf(f"{sys.argv[1]}/{name}", f"{sys.argv[1]}/{name} out")
+  peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peaks[1] - peaks[0])
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_what_is_written_of_a_run_does_not_grow_with_the_model(tmp_path):
+  """Beyond a small model's, which has imported all there is: its largest tensor a few times."""
+  sizes = {
+    "small": "base_emb_dim=32 base_num_query_heads=2 base_num_kv_heads=2 base_mlp_dim=64",
+    "large": "base_emb_dim=512 base_num_query_heads=8 base_num_kv_heads=8 base_mlp_dim=1536",
+  }
+  for name, keys in sizes.items():
+    words = ["dataset_type=synthetic", "max_target_length=8", "vocab_size=512", "opt_type=sgd"]
+    words += ["base_num_decoder_layers=24", "per_device_batch_size=1", *keys.split(" ")]
+    loaded = config.load(words, {})
+    state = build(loaded, jax.devices()[:1]).init()
+    with Checkpoints(tmp_path / name / "checkpoints", loaded.checkpoint) as checkpoints:
+      checkpoints.save(1, state, {"config": loaded.resolved()}, force=True)
+  whole, largest = sum(x.nbytes for x in state.params.values()), 4 * 512 * 1536
+  command = [sys.executable, "-W", "ignore", "-c", PEAK, str(tmp_path)]
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  grown = int(subprocess.run(command, capture_output=True, check=True, env=environment).stdout)
+  # chunks that are kept, and buffers of the threads that read and check files
+  assert whole > 300e6 and grown < 5 * largest + 64e6
 
 
 def test_a_model_that_no_family_computes_is_refused(model, tmp_path):

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from maxtext.checkpoints import storage
 from maxtext.checkpoints.manager import restore_parameters, restore_state
@@ -76,6 +79,35 @@ def test_steps_that_go_on_at_once_do_not_reach_into_the_save(
   checkpoints.wait()
   target = states.target(states.mesh(2, 4))
   assert all(same_bits(checkpoints.restore(step, target), truth[step]) for step in truth)
+
+
+def test_what_layers_have_is_cut_into_them_and_comes_back_on_any_mesh(
+  open_checkpoints, states, extra, same_bits, row, monkeypatch
+):
+  """A layer, and an expert of it, is a chunk; what is small, or of two axes, is whole."""
+  monkeypatch.setattr(storage, "PIECE", 2 * 8 * 16)
+  monkeypatch.setattr(storage, "SHARE", 4)
+  here = NamedSharding(row, P())
+  shapes = {"layers": (3, 8, 16), "experts": (3, 2, 8, 16), "scales": (3, 1, 16), "table": (64, 16)}
+  draw = lambda shape: np.random.default_rng(0).random(shape, np.float32)
+  more = {name: jax.device_put(draw(shape), here) for name, shape in shapes.items()}
+  state = states.of(10, row) | {"more": more}
+  like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
+  target = states.target(states.mesh(2, 4)) | {"more": jax.tree.map(like, more)}
+  checkpoints = open_checkpoints()
+  checkpoints.save(10, state, extra)
+  checkpoints.wait()
+  assert same_bits(checkpoints.restore(10, target), state)
+  place = {"driver": "ocdbt", "base": f"file://{checkpoints.directory}/10/state/"}
+  for name, chunk in {
+    "params.layers.up": (1, 8, 2),
+    "more.layers": (1, 8, 16),
+    "more.experts": (1, 1, 8, 16),
+    "more.scales": (3, 1, 16),
+    "more.table": (64, 16),
+  }.items():
+    there = tensorstore.open({"driver": "zarr3", "kvstore": {**place, "path": f"{name}/"}}).result()
+    assert there.chunk_layout.read_chunk.shape == chunk, name
 
 
 def test_extras_come_back_as_they_were_when_saved(open_checkpoints, states, extra, row):
