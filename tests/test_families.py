@@ -78,7 +78,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 22}
     | {"mlp_only_layers": [0], "norm_topk_prob": True},
   ),
-  "olmoe": ("Olmoe", NO_HEAD_DIM | {"num_experts": 7, "num_experts_per_tok": 2}),
+  "olmoe": (
+    "Olmoe",
+    NO_HEAD_DIM | {"num_experts": 7, "num_experts_per_tok": 2, "clip_qkv": 0.6},
+  ),
   "qwen3_next": ("Qwen3Next", SIZES | DELTA),
   "granite": (
     "Granite",

@@ -38,6 +38,7 @@ class Architecture:
   normalization_layer_epsilon: Positive
   final_logits_soft_cap: Positive | None
   attn_logits_soft_cap: Positive | None
+  clip_qkv: Positive | None
   sliding_window_size: Count | None
   chunk_attn_window_size: Count | None
   attention_sink: bool

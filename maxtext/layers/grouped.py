@@ -206,13 +206,16 @@ class GroupedAttention(nnx.Module):
     spec, norm = self.spec, self.spec.qk_norm
     if norm is not None and not norm.rotated:
       q, k = self._norm(self.query_norm, q), self._norm(self.key_norm, k)
+    v = v if self.value_norm is None else self.value_norm(v)
+    if spec.clip is not None:
+      q, k, v = (jnp.clip(x, -spec.clip, spec.clip) for x in (q, k, v))
     if spec.rope is not None or spec.grid is not None:
       q, k = self.rotate(q, mask.q_pos, positions), self.rotate(k, mask.kv_pos, positions)
       if norm is not None and norm.rotated:
         q, k = self._norm(self.query_norm, q), self._norm(self.key_norm, k)
     if spec.temperature is not None:
       q = _tempered(q, mask.q_pos, spec.temperature)
-    return q, k, v if self.value_norm is None else self.value_norm(v)
+    return q, k, v
 
   def rotate(
     self, x: jax.Array, positions: jax.Array, several: jax.Array | None = None

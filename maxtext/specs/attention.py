@@ -70,9 +70,10 @@ class AttentionSpec:
 
   A query sees its past: `window` tokens back (None: all of it), within its `chunk` of positions, up
   to the end of its `block` of positions, or with causal=False the future too. `share_kv` uses the
-  keys, before norm and rotation, as values; `gate` multiplies the output by a sigmoid of a second
-  query projection; `sink` is a learned score per head that has no value; `fused` keeps queries,
-  keys and values in one kernel. Patches of an image are rotated by their place in a `grid`.
+  keys, before norm and rotation, as values; `clip` cuts queries, keys and values at plus and minus
+  it before the rotation; `gate` multiplies the output by a sigmoid of a second query projection;
+  `sink` is a learned score per head that has no value; `fused` keeps queries, keys and values in
+  one kernel. Patches of an image are rotated by their place in a `grid`.
   """
 
   heads: int
@@ -88,6 +89,7 @@ class AttentionSpec:
   v_norm: NormSpec | None = None
   soft_cap: float | None = None
   scale: float | None = None  # None: head_dim ** -0.5
+  clip: float | None = None
   temperature: TemperatureSpec | None = None
   bias: bool = False
   out_bias: bool | None = None  # None: as `bias`
@@ -118,8 +120,9 @@ class AttentionSpec:
     ):
       if (length := getattr(self, name)) is not None and length < 1:
         raise ConfigError(name, f"{length} is not at least 1 (null: {plain})")
-    if self.soft_cap is not None and self.soft_cap <= 0:
-      raise ConfigError("soft_cap", f"{self.soft_cap} is not above 0 (null: no cap)")
+    for name, plain in (("soft_cap", "no cap"), ("clip", "not cut")):
+      if (limit := getattr(self, name)) is not None and limit <= 0:
+        raise ConfigError(name, f"{limit} is not above 0 (null: {plain})")
     if not 0 <= self.dropout < 1:
       raise ConfigError("dropout", f"{self.dropout} is not from 0 up to 1")
     if not self.causal and self.block is not None:
@@ -134,7 +137,7 @@ class AttentionSpec:
       self._check_latent(self.latent)
 
   def _check_latent(self, latent: LatentSpec) -> None:
-    plain = {"share_kv", "gate", "sink", "fused", "bias"}
+    plain = {"share_kv", "gate", "sink", "fused", "bias", "clip"}
     if given := sorted(name for name in plain if getattr(self, name)):
       raise ConfigError(given[0], "is not there for latent attention; leave it out")
     for name in ("qk_norm", "v_norm", "temperature"):

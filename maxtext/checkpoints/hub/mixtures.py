@@ -18,7 +18,6 @@ from maxtext.checkpoints.hub.parts import (
   Ignored,
   Json,
   Keys,
-  Only,
 )
 from maxtext.checkpoints.hub.rotary import Rope
 from maxtext.checkpoints.hub.tensors import ATTENTION, BEFORE, ENDS, LAYER, MLP, TURN
@@ -224,7 +223,7 @@ FAMILIES = (
       Field("num_experts", "num_experts"),
       *CHOICE,
       NORMALIZE,
-      Only("clip_qkv", None),
+      Field("clip_qkv", "clip_qkv", null=None),
     ),
     {
       "rms_norm_eps": 1e-5,
