@@ -4,30 +4,19 @@ from __future__ import annotations
 
 from maxtext.checkpoints.hub.family import Family
 from maxtext.checkpoints.hub.layers import FULL, cycle, named
+from maxtext.checkpoints.hub.mixtures import CHOICE, EXPERT, NORMALIZE, TABLE
 from maxtext.checkpoints.hub.parts import (
   ATTENTION_BIAS,
   SIZES,
   Act,
   Field,
   Function,
-  Ignored,
   Json,
   Keys,
 )
 from maxtext.checkpoints.hub.rotary import Rope
-from maxtext.checkpoints.hub.tensors import ATTENTION, BEFORE, DELTA, ENDS, LAYER, MLP, TURN
-from maxtext.checkpoints.tables import Map
+from maxtext.checkpoints.hub.tensors import DELTA
 from maxtext.errors import CheckpointError
-
-EXPERTS = (
-  Map("moe.router.kernel", f"{LAYER}mlp.gate.weight", TURN),
-  *(
-    Map(f"moe.{of}{ours}.kernel", f"{LAYER}mlp.{theirs}.{ours}_proj.weight", TURN)
-    for of, theirs in (("", "experts.{e}"), ("shared.", "shared_expert"))
-    for ours in ("gate", "up", "down")
-  ),
-  Map("moe.shared_gate.kernel", f"{LAYER}mlp.shared_expert_gate.weight", TURN),
-)
 
 LINEAR = "linear_attention"
 NAMES = {LINEAR: "linear", FULL: "layer"}  # theirs -> our blocks with experts
@@ -75,7 +64,7 @@ FAMILIES = (
     "qwen3_next",
     "Qwen3NextForCausalLM",
     "qwen3_next",
-    (*ENDS, *ATTENTION, *DELTA, *MLP, *EXPERTS, *BEFORE),
+    (*TABLE, *DELTA),
     (
       *SIZES,
       Act(),
@@ -87,12 +76,10 @@ FAMILIES = (
       Field("gdn_key_head_dim", "linear_key_head_dim"),
       Field("gdn_value_head_dim", "linear_value_head_dim"),
       Field("gdn_conv_kernel_dim", "linear_conv_kernel_dim"),
-      Field("base_moe_mlp_dim", "moe_intermediate_size"),
+      EXPERT,
       Field("base_shared_mlp_dim", "shared_expert_intermediate_size"),
-      Field("num_experts_per_tok", "num_experts_per_tok"),
-      Field("norm_topk_prob", "norm_topk_prob"),
-      Ignored("router_aux_loss_coef"),
-      Ignored("output_router_logits"),
+      *CHOICE,
+      NORMALIZE,
     ),
     {
       "rms_norm_eps": 1e-6,
@@ -105,6 +92,6 @@ FAMILIES = (
       "decoder_sparse_step": 1,
       "norm_topk_prob": True,
     },
-    (r"^mtp\.",),  # what predicts further tokens
+    (r"^mtp\.",),  # what predicts further tokens: transformers leaves it out too
   ),
 )
