@@ -141,6 +141,18 @@ def test_a_family_equals_its_twin(case):
   twins.assert_twins(*CASES[case])
 
 
+def test_the_first_layer_that_differs_is_found():
+  """One in the middle, and the last, of which a norm cannot be told."""
+  model, tokens = twins.twin(*CASES["gpt2"]), twins.random_tokens(rows=1, length=9)
+  held = twins.tensors_of(model)
+  mine = lambda: twins.ours(plain(model.config), held).decoder
+  first = lambda: twins.first_difference(mine(), model, tokens)
+  assert first() == "the unembedding"  # after which nothing is left that could differ
+  for layer, words in ((2, "layer 2 or the last norm"), (1, "layer 1")):
+    held[f"transformer.h.{layer}.mlp.c_fc.weight"] += 0.1
+    assert first() == words
+
+
 # What does not count here: token ids, rates of dropout, and n_inner: a null is four widths.
 APART = {"architectures", "dtype", "attn_pdrop", "resid_pdrop", "embd_pdrop", "n_inner"}
 APART |= {"bos_token_id", "eos_token_id", "pad_token_id"}

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from maxtext import config, sharding  # noqa: E402
 from maxtext.checkpoints import hub  # noqa: E402
 from maxtext.checkpoints.tables import Slot, slots  # noqa: E402
 from maxtext.config.values import render  # noqa: E402
+from maxtext.layers.blocks import Block  # noqa: E402
 from maxtext.layers.decoder import Decoder  # noqa: E402
 from maxtext.layers.merging import Plan  # noqa: E402
 from maxtext.layers.params import Compute  # noqa: E402
@@ -160,9 +161,45 @@ def expected(model: Any, tokens: np.ndarray, **more: np.ndarray) -> np.ndarray:
     return model(torch.tensor(tokens), **given).logits.numpy()
 
 
-def assert_equal(found: np.ndarray, right: np.ndarray, seen: Any = ...) -> None:
-  """Logits [b t v] of those places [b t] that are `seen`."""
-  assert np.abs(found - right)[seen].max() < TOLERANCE * right[seen].std()
+def hidden_states(decoder: Decoder, tokens: np.ndarray) -> list[np.ndarray]:
+  """What goes into our first layer, comes out of each, and of the last norm."""
+  states: list[np.ndarray] = []
+
+  class Seen(Block):
+    def __call__(self, x: jax.Array, *others: Any) -> Any:
+      states.extend([] if states else [np.asarray(x)])
+      y, *more = super().__call__(x, *others)
+      states.append(np.asarray(y))
+      return y, *more
+
+  for stage in decoder.stages:  # layer by layer, and nothing is traced
+    stage.memory = dataclasses.replace(stage.memory, scan_layers=False, remat_policy="none")
+    for block in stage.blocks:
+      block.__class__ = Seen
+  row = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  last = decoder.hidden(jnp.asarray(tokens), Mask.of(row, jnp.ones_like(row)))[0]
+  return [*states, np.asarray(last)]
+
+
+def first_difference(decoder: Decoder, model: Any, tokens: np.ndarray) -> str:
+  """Where ours first differs from theirs; of the last layer they tell only what the norm made."""
+  with torch.no_grad():
+    theirs = model(torch.tensor(tokens), output_hidden_states=True).hidden_states
+  *mine, _, last = hidden_states(decoder, tokens)
+  names = ["the embedding", *(f"layer {i}" for i in range(len(mine)))]
+  names[len(mine)] += " or the last norm"
+  for name, found, right in zip(names, [*mine, last], theirs, strict=True):
+    if not np.abs(found - right.numpy()).max() < TOLERANCE * right.numpy().std():
+      return name
+  return "the unembedding"
+
+
+def assert_equal(
+  found: np.ndarray, right: np.ndarray, seen: Any = ..., where: Callable[[], str] = lambda: ""
+) -> None:
+  """Logits [b t v] of those places [b t] that are `seen`; `where` says what differs first."""
+  off = np.abs(found - right)[seen].max() / right[seen].std()
+  assert off < TOLERANCE, f"off by {off:.1e} of the spread{where()}"
 
 
 def assert_twins(
@@ -173,7 +210,9 @@ def assert_twins(
   mine = ours(plain(model.config), tensors_of(model)).decoder
   tokens = random_tokens(seed=seed)
   row = np.broadcast_to(np.arange(LENGTH), tokens.shape)
-  assert_equal(logits(mine, tokens, row, np.ones_like(row)), expected(model, tokens))
+  first = lambda: f", from {first_difference(mine, model, tokens)} on"
+  found = logits(mine, tokens, row, np.ones_like(row))
+  assert_equal(found, expected(model, tokens), where=first)
   if packed:
     places = np.where(row < SPLIT, row, row - SPLIT)
     found = logits(mine, tokens, places, 1 + (row >= SPLIT))
