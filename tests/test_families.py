@@ -112,6 +112,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT2",
     GPT2 | {"scale_attn_weights": False, "activation_function": "relu2"},
   ),
+  "gpt2, scores by depth": ("GPT2", GPT2 | {"scale_attn_by_inverse_layer_idx": True}),
   "phi3, longrope": ("Phi3", NO_HEAD_DIM | {"rope_parameters": LONG} | LONGEST),
   "llama, dynamic rope": ("Llama", SIZES | {"rope_parameters": DYNAMIC} | SHORT),
   "gpt_neox": ("GPTNeoX", NEOX),

@@ -8,7 +8,7 @@ from maxtext.checkpoints.hub.tensors import TURN
 from maxtext.checkpoints.tables import Map
 
 H = "transformer.h.{l}."
-SCALE = "query_pre_attn_scalar"
+SCALE, BY_DEPTH = "query_pre_attn_scalar", "scale_attn_by_inverse_layer_idx"
 TENSORS = (
   Map("embedding", "transformer.wte.weight"),
   Map("positions", "transformer.wpe.weight"),
@@ -48,6 +48,25 @@ def _heads(config: Json) -> Keys:
   }
 
 
+def _scales(config: Json) -> Keys:
+  """What scores are multiplied by: where it goes by the layer, each is a block of its own."""
+  scaled = config.get("scale_attn_weights", True)
+  if not config.get(BY_DEPTH):
+    return {} if scaled else {SCALE: 1.0}
+  first = (config["n_embd"] // config["n_head"]) ** -0.5 if scaled else 1.0
+  names = [f"layer{i}" for i in range(1, config["n_layer"] + 1)]
+  own = lambda i: {"like": "layer", "attention": {"scale": first / i}}
+  return {"layer_pattern": names, "blocks": {name: own(i) for i, name in enumerate(names, 1)}}
+
+
+def _scaled(keys: Keys) -> Json:
+  """The same; a model whose layers are others is not what comes of it when it is read again."""
+  match keys.get("blocks"):
+    case {"layer1": {"attention": {"scale": first}}}:
+      return {"scale_attn_weights": float(first) != 1.0, BY_DEPTH: True}
+  return {"scale_attn_weights": keys.get(SCALE) != 1.0, BY_DEPTH: False}
+
+
 def _rates(keys: Keys) -> Json:
   """Shares that are dropped in training, of which we have one."""
   rate = keys.get("dropout_rate", 0.0)
@@ -71,11 +90,7 @@ FAMILIES = (
       Act(("activation_function",), "gelu_new", gated=False),
       Function(lambda config: {}, _rates),
       Field("logits_via_embedding", "tie_word_embeddings"),
-      Function(
-        lambda config: {} if config.get("scale_attn_weights", True) else {SCALE: 1.0},
-        lambda keys: {"scale_attn_weights": keys.get(SCALE) != 1.0},
-      ),
-      Only("scale_attn_by_inverse_layer_idx", False),
+      Function(_scales, _scaled),
       Only("add_cross_attention", False),
     ),
     {
