@@ -37,6 +37,7 @@ WORKING = (
   "tensor",
   "tensor_transpose",
   "tensor_sequence",
+  "expert",
 )
 
 

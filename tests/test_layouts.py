@@ -68,15 +68,20 @@ LAYOUTS = {
 }
 
 
-@functools.cache
 def run(layout, model, rows=ROWS, length=LENGTH, parts=1):
-  """Losses and gradient norms of five steps, and the parameters after them."""
-  mesh = LAYOUTS[layout] if layout else ways()
-  devices = jax.devices()[: 8 if layout else 1]
-  own = {key.split("=")[0] for key in MODELS[model]}
+  return trained(LAYOUTS[layout] if layout else None, MODELS[model], rows, length, parts)
+
+
+@functools.cache
+def trained(mesh, model, rows, length, parts):
+  """Losses and gradient norms of five steps, and the parameters after them; on one device if there
+  is no mesh.
+  """
+  devices = jax.devices()[: 8 if mesh else 1]
+  own = {key.split("=")[0] for key in model}
   own |= {"adam_eps"} if "opt_type" in own else set()
   keys = [key for key in COMMON if key.split("=")[0] not in own]
-  keys += [*MODELS[model], *mesh, f"max_target_length={length}"]
+  keys += [*model, *(mesh or ways()), f"max_target_length={length}"]
   keys += [f"gradient_accumulation_steps={parts}"]
   keys += [f"per_device_batch_size={rows / len(devices) / parts:g}"]
   built = program.build(config.load(keys, {}), devices)
@@ -90,8 +95,12 @@ def run(layout, model, rows=ROWS, length=LENGTH, parts=1):
 
 
 def differences(layout, model, *sizes):
+  return apart(run(layout, model, *sizes), run(None, model, *sizes))
+
+
+def apart(found, expected):
   """The largest relative difference of the losses and norms, and that of the parameters."""
-  (numbers, params), (want, truth) = run(layout, model, *sizes), run(None, model, *sizes)
+  (numbers, params), (want, truth) = found, expected
   loss = float(np.abs(numbers / np.maximum(want, 1e-9) - 1).max())
   return loss, max(float(np.abs(params[name] - truth[name]).max()) for name in truth)
 

@@ -19,6 +19,7 @@ DIMENSIONS = {
   "heads": ("base_num_query_heads", "query heads"),
   "q_heads": ("base_num_query_heads", "query heads"),
   "kv_heads": ("base_num_kv_heads", "kv heads"),
+  "exp": ("num_experts", "experts"),
   "kv": ("head_dim", "channels of a head"),
   "kv_head_dim": ("head_dim", "channels of a head"),
   "activation_embed": ("base_emb_dim", "channels"),
@@ -84,6 +85,7 @@ def _batch(key: str, per_device: float, devices: int, ways: int) -> Iterator[Pro
 def _split(config: Config, sizes: Mapping[str, int]) -> Iterator[Problem]:
   """Dimensions of the model that do not divide by the mesh axes that split them."""
   mesh, model, said = config.mesh, config.architecture.sizes(), set()
+  model["num_experts"] = config.architecture.num_experts
   for logical, (key, words) in DIMENSIONS.items():
     ways, size = mesh.ways(logical, sizes), model[key]
     axes = [a for a in mesh.logical_axis_rules.get(logical, ()) if sizes.get(a, 1) > 1]

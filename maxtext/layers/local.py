@@ -28,16 +28,19 @@ class Work:
   """A program of one device, function(tokens, params) -> tokens, and the logical axes of its
   arrays: over tokens those after [b t], of parameters all.
 
-  Of all these axes only those in WIDE stay split. What is not split of the outputs is then a part
-  of a sum, and is added up; so is the gradient of such an input. With `whole_rows` a device has all
-  tokens of its rows. Parameters are cast to `dtype`, and their gradients summed in float32.
+  Of all these axes only those in WIDE stay split, and those of experts over the mesh axes of
+  `peers`: the program has those of one device then, and of its tokens sends what others need. What
+  is not split of the outputs is a part of a sum, and is added up; so is the gradient of such an
+  input. The second dimension of the tokens is split as their length is, or over the mesh axes
+  `second`. Parameters are cast to `dtype`, and their gradients summed in float32.
   """
 
   function: Callable[[Arrays, Arrays], Arrays]
   inputs: tuple[Axes, ...]
   outputs: tuple[Axes, ...]
   params: tuple[Axes, ...] = ()
-  whole_rows: bool = False
+  peers: tuple[str, ...] = ()
+  second: tuple[str, ...] | None = None
   dtype: jnp.dtype = jnp.dtype("float32")
 
 
@@ -54,7 +57,8 @@ def _run(work: Work, tokens: Arrays, params: Arrays) -> Arrays:
     return work.function(tokens, params)
 
   def one(tokens: Arrays, params: Arrays) -> Arrays:
-    return place.added(work.function(tokens, place.joined(params)), work.outputs)
+    with sharding.use(None):
+      return place.added(work.function(tokens, place.joined(params)), work.outputs)
 
   inputs = tuple(map(place.tokens, work.inputs))
   return place.map(one, (inputs, place.params), tuple(map(place.tokens, work.outputs)))(
@@ -81,8 +85,9 @@ def _backward(work: Work, saved: tuple[Arrays, Arrays], g: Arrays):
     moved = tuple(x for x, moves in zip(tokens, moving) if moves)
     whole = params if place is None else place.joined(params)
     # the program casts them back, and the gradient stays in float32
-    _, pull = jax.vjp(function, moved, tuple(p.astype(jnp.float32) for p in whole))
-    dtokens, dparams = pull(g)
+    with sharding.use(None):
+      _, pull = jax.vjp(function, moved, tuple(p.astype(jnp.float32) for p in whole))
+      dtokens, dparams = pull(g)
     if place is None:
       return dtokens, dparams
     return place.added(dtokens, axes), place.scattered(dparams)
@@ -107,14 +112,16 @@ _run.defvjp(_forward, _backward)
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-  """How the arrays of a program are split over the mesh: `rows` and `length` split tokens, `wide`
-  what stays split besides; `new` are the axes over which each parameter is gathered, by dimension.
+  """How the arrays of a program are split over the mesh: `rows` and `second` split tokens, `wide`
+  and the experts of `peers` what stays split besides; `new` are the axes over which each parameter
+  is gathered, by dimension.
   """
 
   layout: sharding.Layout
   rows: tuple[str, ...]
-  length: tuple[str, ...]
+  second: tuple[str, ...]
   wide: tuple[str, ...]
+  peers: tuple[str, ...]
   params: tuple[PartitionSpec, ...]
   new: tuple[tuple[tuple[str, ...], ...], ...]
 
@@ -126,21 +133,21 @@ class _Place:
       return None
     names = {name for axes in (*work.inputs, *work.outputs) for name in axes}
     wide = _over(layout, *(name for name in WIDE.values() if name in names))
-    rows, length = layout.splits("activation_batch"), layout.splits(sharding.LENGTH)
-    tokens = {*rows, *length}
+    rows = layout.splits("activation_batch")
+    second = layout.splits(sharding.LENGTH) if work.second is None else work.second
+    tokens = {*rows, *second} - {*work.peers}
     new, specs = [], []
     for axes in work.params:
-      kept = [wide if name in WIDE else () for name in axes]
+      kept = [wide if name in WIDE else work.peers if name == "exp" else () for name in axes]
       more = [tuple(m for m in _over(layout, name) if m in tokens) for name in axes]
       new.append(tuple(more))
       specs.append(PartitionSpec(*(old + add or None for old, add in zip(kept, more))))
-    length = () if work.whole_rows else length
-    return cls(layout, rows, length, wide, tuple(specs), tuple(new))
+    return cls(layout, rows, second, wide, work.peers, tuple(specs), tuple(new))
 
   def tokens(self, axes: Axes) -> PartitionSpec:
     """Of an array over tokens with these axes after [b t]."""
     rest = (self.wide or None if name in WIDE.values() else None for name in axes)
-    return PartitionSpec(self.rows or None, self.length or None, *rest)
+    return PartitionSpec(self.rows or None, self.second or None, *rest)
 
   def map(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
     # neither Pallas calls nor loops that start from constants pass the check
@@ -170,8 +177,8 @@ class _Place:
     for g, new in zip(grads, self.new):
       for i, names in enumerate(new):
         g = collectives.add_and_split(g, names, i) if names else g
-      tokens = (*self.rows, *self.length)
-      rest = tuple(m for m in tokens if not any(m in names for names in new))
+      done = {*self.peers, *(m for names in new for m in names)}
+      rest = tuple(m for m in (*self.rows, *self.second) if m not in done)
       out.append(jax.lax.psum(g, rest) if rest else g)
     return tuple(out)
 

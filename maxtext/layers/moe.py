@@ -2,10 +2,14 @@
 
 Letters: e experts, k the chosen of a token, c an expert's places for the tokens of a row. What is
 sorted by expert is [b t k] as well: on each device the choices of its own tokens, expert by expert.
+Where the experts are split over w devices with different tokens, each computes its own experts for
+the tokens of all: then e is (w e), every device's tokens and the own experts, and k is w times as
+many rows as may come of a token.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -17,13 +21,15 @@ from jax.ad_checkpoint import checkpoint_name
 from maxtext import sharding
 from maxtext.kernels.grouped_matmul import Product, grouped_matmul
 from maxtext.layers import routing
+from maxtext.layers.exchange import Peers
 from maxtext.layers.local import Arrays, Work, run
 from maxtext.layers.mlp import Mlp, activated
-from maxtext.layers.params import Compute, Dense, dot, nd_dense_init, param
+from maxtext.layers.params import Compute, Dense, contract, dot, nd_dense_init, param
 from maxtext.layers.routing import Routed
 from maxtext.sharding import constrain
 from maxtext.specs import MoeSpec
 
+RISE, FALL = ("exp", "embed_no_exp", "mlp"), ("exp", "mlp", "embed_no_exp")
 ROUTED = ("activation_batch", "activation_length", None)
 
 
@@ -110,75 +116,66 @@ class Moe(nnx.Module):
     self, x: jax.Array, experts: jax.Array, weights: jax.Array, real: jax.Array
   ) -> jax.Array:
     """Only the products that are needed: choices expert by expert, padding after them."""
-    spec, compute = self.spec, self.compute
+    spec, compute, peers = self.spec, self.compute, self._peers
     product = Product.on(sharding.platform(), compute.experts.megablox, compute.matmul_precision)
     one, wide = (None,), (None, "activation_mlp")
-    sort = Work(functools.partial(_sorted, spec.experts), (one, ()), (one, one))
-    order, sizes = run(sort, [experts, real])
-    layers = self._wide_layers
-    rise = Work(
-      functools.partial(_rise, product, spec),
-      (one, one, one, one),
-      (wide,) * len(layers),
-      dtype=compute.dtype,
-    )
-    made = run(rise, [x, weights, order, sizes], [p for layer in layers for p in layer.params])
-    h = self._activated(made)
-    fall = Work(
-      functools.partial(_fall, product, spec), (wide, one, one, one), (one,), dtype=compute.dtype
-    )
-    (y,) = run(fall, [h, weights, order, sizes], [self.down.kernel])
+    work = functools.partial(Work, peers=peers.names, dtype=compute.dtype)
+    sort = Work(functools.partial(_sorted, peers, spec.experts), (one, ()), (one, one))
+    order, counts = run(sort, [experts, real])
+    rise = functools.partial(_rise, product, spec, peers)
+    h = self._risen(work(rise, (one,) * 4, (wide,)), [x, weights, order, counts])
+    fall = work(functools.partial(_fall, product, spec, peers), (wide, one, one, one), (one,))
+    (y,) = run(fall, [h, weights, order, counts], [self.down.kernel])
     return self._with_bias(y, experts, weights, real[..., None])
 
   def _dense(
     self, x: jax.Array, experts: jax.Array, weights: jax.Array, real: jax.Array
   ) -> jax.Array:
     """Every expert for every token, of which those count that were chosen."""
+    spec, compute, peers = self.spec, self.compute, self._peers
     before, after = self._shares(experts, weights, real[..., None])
-    equation = "btd,edf->btef"
-    if self.spec.weigh_inputs:
-      x, equation = _times(x[:, :, None], before), "bted,edf->btef"
-    place = ("activation_batch", "activation_length", None, "activation_mlp")
-    h = self._activated([self._wide(equation, x, layer, place) for layer in self._wide_layers])
-    y = dot("btef,efd->btd", _times(h, after), self.down.kernel, self.compute)
+    one, wide = (None,), (None, "activation_mlp")
+    work = functools.partial(Work, peers=peers.names, dtype=compute.dtype)
+    rise = functools.partial(_rise_of_all, compute, spec, peers)
+    h = self._risen(work(rise, (one, one), (wide,)), [x, before])
+    fall = work(functools.partial(_fall_of_all, compute, peers), (wide, one), (one,))
+    (y,) = run(fall, [h, after], [self.down.kernel])
     return self._with_bias(y, experts, weights, real[..., None])
 
   def _limited(
     self, x: jax.Array, experts: jax.Array, weights: jax.Array, real: jax.Array
   ) -> jax.Array:
     """Every expert for at most `capacity` tokens of each row, the first that choose it."""
-    spec, one = self.spec, (None,)
-    room = routing.capacity(spec, x.shape[1], self.compute.experts.capacity_factor)
+    spec, compute, peers = self.spec, self.compute, self._peers
+    one, two, wide = (None,), (None, None), (None, "activation_mlp")
+    room = routing.capacity(spec, x.shape[1], compute.experts.capacity_factor)
     assign = Work(
-      functools.partial(_assigned, spec.experts, room), (one, ()), (one, one), whole_rows=True
+      functools.partial(_assigned, spec.experts, room), (one, ()), (one, one), second=()
     )
     held, place = run(assign, [experts, real])
-    deal = Work(
-      functools.partial(_dealt, spec), (one, one, one), ((None, None), one), whole_rows=True
-    )
+    deal = Work(functools.partial(_dealt, spec), (one, one, one), (two, one), second=())
     x, share = run(deal, [x, weights, held])
-    spot = ("activation_batch", None, None, "activation_mlp")
-    h = [self._wide("becd,edf->becf", x, layer, spot) for layer in self._wide_layers]
-    h = self._activated(h)
-    h = h if spec.weigh_inputs else _times(h, share)
-    y = dot("becf,efd->becd", h, self.down.kernel, self.compute)
-    collect = Work(_collected, ((None, None), one), (one,), whole_rows=True)
+    # peers that have parts of the same rows have all that is dealt, and each takes its experts
+    second = () if peers.split else peers.names
+    work = functools.partial(Work, peers=peers.names, second=second, dtype=compute.dtype)
+    others = peers if peers.split else Peers.none(spec.experts, spec.active)
+    rise = functools.partial(_rise_of_dealt, compute, spec, others)
+    h = self._risen(work(rise, (two,), (wide,)), [x])
+    fall = work(functools.partial(_fall_of_dealt, compute, spec, others), (wide, one), (two,))
+    (y,) = run(fall, [h, share], [self.down.kernel])
+    collect = Work(_collected, (two, one), (one,), second=())
     (y,) = run(collect, [y, place])
     return self._with_bias(y, experts, weights, place < spec.experts * room)
 
   @property
-  def _wide_layers(self) -> list[Experts]:
-    return [layer for layer in (self.gate, self.up) if layer is not None]
+  def _peers(self) -> Peers:
+    return Peers.of(self.spec.experts, self.spec.active)
 
-  def _wide(self, equation: str, x: jax.Array, layer: Experts, place: tuple) -> jax.Array:
-    y = dot(equation, x, layer.kernel, self.compute)
-    if layer.bias is not None:
-      bias = layer.bias[...].astype(y.dtype)
-      y = y + (bias if equation.endswith("btef") else bias[:, None])
-    return constrain(y, *place)
-
-  def _activated(self, made: Sequence[jax.Array]) -> jax.Array:
-    """What `_wide_layers` made -> their product, activated."""
+  def _risen(self, work: Work, tokens: Sequence[jax.Array]) -> jax.Array:
+    """What work makes by the kernels of gate and up, or up alone -> their product, activated."""
+    layers = [layer for layer in (self.gate, self.up) if layer is not None]
+    work = dataclasses.replace(work, outputs=work.outputs * len(layers))
+    made = run(work, tokens, [p for layer in layers for p in layer.params])
     up = checkpoint_name(made[-1], "mlpwi_1")
     gate = checkpoint_name(made[0], "mlpwi_0") if len(made) == 2 else None
     return activated(self.spec.expert, up, gate)
@@ -213,41 +210,104 @@ def _times(x: jax.Array, share: jax.Array) -> jax.Array:
 # What a device does with its own tokens: choices are numbered token by token, k for each.
 
 
-def _sorted(count: int, tokens: Arrays, _: Arrays) -> Arrays:
-  """experts [b t k], real [b t] -> the choices by expert [b t k], how many of each [1 1 e]."""
+def _sorted(peers: Peers, count: int, tokens: Arrays, _: Arrays) -> Arrays:
+  """experts [b t k], real [b t] -> the choices by expert [b t k], how many of each there are on
+  each device [1 1 (w e)].
+  """
   experts, real = tokens
   used = jnp.where(real[..., None], experts, count)
   order, sizes = routing.places(used.reshape(used.size), count)
-  return order.reshape(experts.shape), sizes[None, None]
+  counts = peers.counts(sizes)
+  return order.reshape(experts.shape), counts.reshape(1, 1, counts.size)
 
 
-def _rise(product: Product, spec: MoeSpec, tokens: Arrays, params: Arrays) -> Arrays:
+def _rise(product: Product, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Arrays) -> Arrays:
   """x [b t d] and the sorted choices -> gate and up, or up alone [b t k f]."""
-  x, weights, order, sizes = tokens
+  x, weights, order, counts = tokens
   rows = jnp.broadcast_to(x[:, :, None], (*order.shape, x.shape[-1]))
   if spec.weigh_inputs:
     rows = _times(rows, weights)
-  rows = _moved(rows.reshape(order.size, x.shape[-1]), order)
-  steps, made = 2 if spec.expert.bias else 1, []
-  for kernel, *bias in (params[i : i + steps] for i in range(0, len(params), steps)):
-    y = grouped_matmul(product, rows, kernel, sizes[0, 0])
+  rows = peers.sent(_moved(rows.reshape(order.size, x.shape[-1]), order), counts)
+  sizes, made = peers.sizes(counts), []
+  for kernel, *bias in _layers(spec, params):
+    y = grouped_matmul(product, rows, kernel, sizes)
     if bias:
-      group = jnp.repeat(jnp.arange(spec.experts), sizes[0, 0], total_repeat_length=order.size)
+      group = jnp.repeat(jnp.arange(peers.each), sizes, total_repeat_length=rows.shape[0])
       y = y + bias[0][group].astype(y.dtype)
-    made.append(y.reshape(*order.shape, y.shape[-1]))
+    made.append(y.reshape(*x.shape[:2], peers.room, y.shape[-1]))
   return tuple(made)
 
 
-def _fall(product: Product, spec: MoeSpec, tokens: Arrays, params: Arrays) -> Arrays:
+def _fall(product: Product, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Arrays) -> Arrays:
   """Hidden activations of the sorted choices [b t k f] -> the tokens' sums [b t d]."""
-  h, weights, order, sizes = tokens
-  rows = h.reshape(order.size, h.shape[-1])
+  h, weights, order, counts = tokens
+  rows = h.reshape(h.size // h.shape[-1], h.shape[-1])
   if not spec.weigh_inputs:
-    rows = _times(rows, _moved(weights.reshape(order.size), order))
-  y = grouped_matmul(product, rows, params[0], sizes[0, 0])
-  flat = order.reshape(order.size)
+    share = _moved(weights.reshape(order.size, 1), order)
+    rows = _times(rows, peers.sent(share, counts)[:, 0])
+  y = grouped_matmul(product, rows, params[0], peers.sizes(counts))
+  y, flat = peers.returned(y, counts), order.reshape(order.size)
   back = jnp.zeros_like(flat).at[flat].set(jnp.arange(order.size), unique_indices=True)
   return (_moved(y, back).reshape(*order.shape, y.shape[-1]).sum(2),)
+
+
+def _layers(spec: MoeSpec, params: Arrays) -> list[Arrays]:
+  """The kernel of each layer that rises, and its bias if it has one."""
+  step = 2 if spec.expert.bias else 1
+  return [params[i : i + step] for i in range(0, len(params), step)]
+
+
+def _rise_of_all(
+  compute: Compute, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Arrays
+) -> Arrays:
+  """x [b t d], what inputs are multiplied by [b t e] -> gate and up, or up alone [b t e f]."""
+  x, share = tokens
+  x, equation = peers.gathered(x), "btwd,edf->btwef"
+  if spec.weigh_inputs:
+    share = peers.swapped(share, 2).reshape(*x.shape[:3], peers.each)
+    x, equation = _times(x[:, :, :, None], share), "btwed,edf->btwef"
+  made = []
+  for kernel, *bias in _layers(spec, params):
+    y = contract(equation, x, kernel, RISE, compute)
+    y = y + bias[0].astype(y.dtype) if bias else y
+    made.append(y.reshape(*y.shape[:2], spec.experts, y.shape[-1]))
+  return tuple(made)
+
+
+def _fall_of_all(compute: Compute, peers: Peers, tokens: Arrays, params: Arrays) -> Arrays:
+  """Hidden activations [b t e f], what outputs are multiplied by [b t e] -> sums [b t d]."""
+  h, share = tokens
+  h = _times(h, peers.swapped(share, 2))
+  h = h.reshape(*h.shape[:2], peers.ways, peers.each, h.shape[-1])
+  return (peers.summed(contract("btwef,efd->btwd", h, params[0], FALL, compute)),)
+
+
+def _rise_of_dealt(
+  compute: Compute, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Arrays
+) -> Arrays:
+  """Inputs [b e c d] -> gate and up, or up alone [b e c f]."""
+  x = _by_device(peers, peers.swapped(tokens[0], 1))
+  made = []
+  for kernel, *bias in _layers(spec, params):
+    y = contract("bwecd,edf->bwecf", x, kernel, RISE, compute)
+    y = y + bias[0][:, None].astype(y.dtype) if bias else y
+    made.append(y.reshape(*tokens[0].shape[:3], y.shape[-1]))
+  return tuple(made)
+
+
+def _fall_of_dealt(
+  compute: Compute, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Arrays
+) -> Arrays:
+  """Hidden activations [b e c f], what they are multiplied by [b e c] -> outputs [b e c d]."""
+  h, share = tokens
+  h = _by_device(peers, h if spec.weigh_inputs else _times(h, peers.swapped(share, 1)))
+  y = contract("bwecf,efd->bwecd", h, params[0], FALL, compute)
+  return (peers.swapped(y.reshape(*share.shape, y.shape[-1]), 1),)
+
+
+def _by_device(peers: Peers, x: jax.Array) -> jax.Array:
+  """[b (w e) c d] -> [b w e c d]."""
+  return x.reshape(x.shape[0], peers.ways, x.shape[1] // peers.ways, *x.shape[2:])
 
 
 def _moved(rows: jax.Array, order: jax.Array) -> jax.Array:

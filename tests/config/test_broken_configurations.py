@@ -309,8 +309,8 @@ COMMAND_LINES = [
     "routed_score_func: 'sigmoids' is not known, did you mean 'sigmoid'?",
   ),
   (
-    ON_8 + "decoder_block=moe ici_expert_parallelism=2",
-    "ici_expert_parallelism: 2: parallelism over 'expert' is not there yet",
+    ON_8 + "decoder_block=moe num_experts=6 ici_expert_parallelism=4",
+    "num_experts: 6 experts cannot be split over expert 4; divisors are 1, 2, 3, 6",
   ),
   # keys that contradict each other, or do nothing
   (
@@ -430,8 +430,8 @@ COMMAND_LINES = [
     "ici_tensor_parallelism: -2 is out of range; use at least 1, or -1",
   ),
   (
-    "ici_expert_parallelism=2",
-    "ici_expert_parallelism: 2: parallelism over 'expert' is not there yet; use 1",
+    "ici_diloco_parallelism=2",
+    "ici_diloco_parallelism: 2: parallelism over 'diloco' is not there yet; use 1",
   ),
   (
     "ici_pipeline_parallelism=2",
