@@ -208,11 +208,13 @@ def stages(spec: DecoderSpec) -> list[tuple[int, int]]:
 def build_to_decode(config: Config, vocabulary: int = 0) -> Program:
   """As `build`, on a mesh of its own: that of training suits neither a few rows nor other devices.
 
-  Mesh sizes that were typed for this command or stand in the environment are obeyed.
+  Mesh sizes that were typed for this command or stand in the environment are obeyed, and so are
+  those of a set of mesh axes without fsdp.
   """
   devices, mesh = find_devices(config.run), config.mesh
   sizes = [key for key in vars(mesh) if key.endswith("_parallelism") or key == "num_slices"]
-  if not any(config.sources[key].level >= ENVIRONMENT for key in sizes):
+  typed = any(config.sources[key].level >= ENVIRONMENT for key in sizes)
+  if "fsdp" in mesh.mesh_axes and not typed:
     own: dict[str, Any] = dict.fromkeys(sizes, 1) | {"ici_fsdp_parallelism": -1}
     mesh = dataclasses.replace(mesh, **own)
     devices = devices[:1] if devices[0].platform == "cpu" else devices

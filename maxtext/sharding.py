@@ -22,6 +22,7 @@ from maxtext.errors import ConfigError, closest
 
 Axes = Sequence[str | None]
 LENGTH = "activation_length"
+STREAM = ("activation_batch", "activation_norm_length", "activation_embed")  # between layers
 Entry = str | tuple[str, ...] | None  # of a PartitionSpec: the mesh axes of one dimension
 
 
@@ -183,6 +184,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   if (layout := _active.get()) is None or layout.mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))
+
+
+def joined(x: jax.Array) -> jax.Array:
+  """What passes between layers [b t d], with as many tokens on a device as layers take in."""
+  if (layout := _active.get()) is None or layout.splits(STREAM[1]) == layout.splits(LENGTH):
+    return x
+  return constrain(x, STREAM[0], LENGTH, STREAM[2])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,9 +44,17 @@ LAYOUTS = {
   "expert 2 data 2 fsdp 2": ways(expert=2, data=2, fsdp=2),
   "expert 2 fsdp_transpose 2 tensor 2": ways(expert=2, fsdp_transpose=2, tensor=2),
   "expert 2 context 2 fsdp 2": (*ways(expert=2, context=2, fsdp=2), PLAIN),
+  "expert 2 fsdp 2 tensor_sequence 2": ways(expert=2, fsdp=2, tensor_sequence=2),
+  "expert": ("custom_mesh_and_rule=expert", *ways(expert=4, tensor=2)),
+  "expert_as_context": (
+    *("custom_mesh_and_rule=expert_as_context", *ways(expert=2, fsdp=2, tensor=2)),
+    PLAIN,
+  ),
+  "decode": ("custom_mesh_and_rule=decode", *ways(expert=2, data=2, tensor=2)),
 }
 FAST = {
   "expert 2 fsdp 2 tensor 2": "dropless",
+  "expert_as_context": "limited",
 }
 
 

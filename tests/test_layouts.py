@@ -63,6 +63,7 @@ LAYOUTS = {
   "pure_fsdp": ("custom_mesh_and_rule=pure_fsdp", *ways(data=2, fsdp=4)),
   "2d_fsdp": ("custom_mesh_and_rule=2d_fsdp", *ways(fsdp=4, fsdp_transpose=2)),
   "context": ("custom_mesh_and_rule=context", *ways(fsdp=2, context=2, tensor=2)),
+  "megatron_sp": ("custom_mesh_and_rule=megatron_sp", *ways(data=2, fsdp=2, tensor=2)),
   "tensor_sequence 2 fsdp 4": ways(tensor_sequence=2, fsdp=4),
   "data 2 fsdp 2 tensor_sequence 2": ways(data=2, fsdp=2, tensor_sequence=2),
 }
@@ -109,6 +110,7 @@ FAST = {
   "fsdp 2 context 4, ring": "gqa",
   "context 2 tensor 2 fsdp 2, ulysses": "window",
   "context 2 tensor_transpose 2 fsdp 2": "learned",
+  "megatron_sp": "gqa",
   "2d_fsdp": "gqa",
   "data 2 fsdp 2 context 2": "moe",
 }

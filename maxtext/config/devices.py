@@ -10,7 +10,7 @@ from maxtext.config.config import Config
 from maxtext.errors import ConfigError, ConfigErrors
 from maxtext.training.sections import rows
 
-LENGTH = "activation_length"
+LENGTH, STREAM = "activation_length", "activation_norm_length"  # in layers, and between them
 
 # Logical axes whose size the configuration knows: the key that sets it, and what it counts.
 DIMENSIONS = {
@@ -51,12 +51,14 @@ def on_devices(config: Config, devices: int) -> Iterator[Problem]:
 def _length(config: Config, sizes: Mapping[str, int]) -> Iterator[Problem]:
   """Rows that cannot be cut into as many parts as the mesh splits their length, or tiles of it."""
   mesh, length = config.mesh, config.training.max_target_length
-  axes = [a for a in mesh.logical_axis_rules.get(LENGTH, ()) if sizes.get(a, 1) > 1]
+  finer = length % mesh.ways(STREAM, sizes) and not length % mesh.ways(LENGTH, sizes)
+  name = STREAM if finer else LENGTH
+  axes = [a for a in mesh.logical_axis_rules.get(name, ()) if sizes.get(a, 1) > 1]
   if not axes:
     return
   split = " x ".join(f"{axis} {sizes[axis]}" for axis in axes)
   keys = [key for axis in axes for key in mesh.keys(axis) if getattr(mesh, key) != 1]
-  ways, tiles = mesh.ways(LENGTH, sizes), max(config.memory.num_vocab_tiling, 1)
+  ways, tiles = mesh.ways(name, sizes), max(config.memory.num_vocab_tiling, 1)
   problem = f"{length} tokens cannot be split over {split}"
   if length % ways:
     yield "max_target_length", f"{problem}; use a multiple of {ways}", *keys

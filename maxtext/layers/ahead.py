@@ -11,7 +11,7 @@ from maxtext.layers.norms import make_norm
 from maxtext.layers.params import Compute, Dense
 from maxtext.layers.routing import Routed
 from maxtext.masks import Mask
-from maxtext.sharding import constrain
+from maxtext.sharding import STREAM, constrain, joined
 from maxtext.specs import BlockSpec, NormSpec
 
 
@@ -36,6 +36,6 @@ class Ahead(Block):
     as x, and what is unembedded, [b t d] each; and what experts say of their routing.
     """
     both = jnp.concatenate([self.token_norm(tokens), self.hidden_norm(x)], axis=-1)
-    y = constrain(self.joint(both), "activation_batch", "activation_length", "activation_embed")
+    y = constrain(self.joint(joined(both)), *STREAM)
     y, _, routed = self(y, mask, None, key)
-    return y, self.head_norm(y), routed
+    return y, joined(self.head_norm(y)), routed

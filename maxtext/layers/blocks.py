@@ -15,7 +15,7 @@ from maxtext.layers.norms import make_norm
 from maxtext.layers.params import Compute
 from maxtext.layers.routing import Routed
 from maxtext.masks import Mask
-from maxtext.sharding import constrain
+from maxtext.sharding import STREAM, constrain, joined
 from maxtext.specs import BlockSpec
 
 
@@ -47,11 +47,10 @@ class Block(nnx.Module):
     if key is not None and spec.attention is not None and spec.attention.dropout:
       seed = jax.random.bits(jax.random.fold_in(key, 2), (2,), jnp.uint32)
     mixer = self.attention if self.delta is None else self.delta
-    y, cache = mixer(_normed(self.attention_norm, x), mask, cache, seed)
+    y, cache = mixer(joined(_normed(self.attention_norm, x)), mask, cache, seed)
     between = self._add(x, _normed(self.post_attention_norm, y), keys[0])
-    y, routed = self._feed(
-      _normed(self.mlp_norm, x if spec.parallel else between), mask, dropless=cache is not None
-    )
+    x = joined(_normed(self.mlp_norm, x if spec.parallel else between))
+    y, routed = self._feed(x, mask, dropless=cache is not None)
     return self._add(between, _normed(self.post_mlp_norm, y), keys[1]), cache, routed
 
   def _feed(self, x: jax.Array, mask: Mask, dropless: bool) -> tuple[jax.Array, Routed | None]:
@@ -63,8 +62,7 @@ class Block(nnx.Module):
   def _add(self, x: jax.Array, y: jax.Array, key: jax.Array | None) -> jax.Array:
     if self.spec.residual_scale != 1:
       y = y * self.spec.residual_scale
-    x = x + drop(y, self.spec.dropout, key)
-    return constrain(x, "activation_batch", "activation_length", "activation_embed")
+    return constrain(x + drop(constrain(y, *STREAM), self.spec.dropout, key), *STREAM)
 
 
 def _normed(norm: nnx.Module | None, x: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from maxtext.layers.routing import Routed
 from maxtext.layers.sections import Memory
 from maxtext.layers.stacking import Stack, remat
 from maxtext.masks import Mask
-from maxtext.sharding import constrain
+from maxtext.sharding import STREAM, constrain, joined
 from maxtext.specs import DecoderSpec
 
 
@@ -57,10 +57,9 @@ class Decoder(nnx.Module):
 
     `caches` holds one entry per stage; `key` draws dropout, without it there is none.
     """
-    place = ("activation_batch", "activation_length", "activation_embed")
     x = self.embed(tokens)
     if self.positions is not None:
-      x = constrain(x + lookup(self.positions, mask.q_pos, self.compute.dtype), *place)
+      x = constrain(x + lookup(self.positions, mask.q_pos, self.compute.dtype), *STREAM)
     if key is not None:
       x = drop(x, self.spec.stages[0].blocks[0].dropout, jax.random.fold_in(key, len(self.stages)))
     out, routed = [], {}
@@ -70,7 +69,7 @@ class Decoder(nnx.Module):
       x, cache, said = stage(x, mask, cache, key_here)
       out.append(cache)
       routed |= {f"stages.{i}.{path}": layers for path, layers in said.items()}
-    return self.norm(x), None if caches is None else tuple(out), routed
+    return joined(self.norm(x)), None if caches is None else tuple(out), routed
 
   def ahead(
     self, x: jax.Array, later: Iterable[jax.Array], mask: Mask, key: jax.Array | None = None
@@ -96,7 +95,7 @@ class Decoder(nnx.Module):
     x = lookup(self.embedding, tokens, self.compute.dtype)
     factor = self.spec.embed_scale * (self.spec.width**0.5 if self.spec.embed_sqrt_width else 1)
     x = x if factor == 1 else x * jnp.asarray(factor, x.dtype)
-    return constrain(x, "activation_batch", "activation_length", "activation_embed")
+    return constrain(x, *STREAM)
 
   def head(self) -> tuple[str, nnx.Param]:
     """The einsum and the parameter that take [b t d] to logits [b t v]."""

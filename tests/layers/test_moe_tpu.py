@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 COMPILE = """
+  import sys
   import jax, jax.numpy as jnp, numpy as np
   from flax import nnx
   from jax.experimental import topologies
@@ -19,7 +20,8 @@ COMPILE = """
   from maxtext.specs import MlpSpec, MoeSpec
 
   devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-  mesh = Mesh(np.array(devices).reshape(2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+  axes, grid = (sys.argv[1], "tensor"), np.array(devices).reshape(2, 2)
+  mesh = Mesh(grid, axes, axis_types=(AxisType.Auto,) * 2)
   rules = config.load([], {}).mesh.logical_axis_rules
   layout = sharding.Layout(mesh, sharding.Rules({k: tuple(v) for k, v in rules.items()}))
   spec = MoeSpec(8, 2, MlpSpec(384, bias=True), normalize=True)
@@ -40,12 +42,15 @@ COMPILE = """
 
   with sharding.use(layout):
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(state, x, real).compile()
-  print(compiled.as_text().count("tpu_custom_call"))
+  print(*(compiled.as_text().count(word) for word in ("tpu_custom_call", " ragged-all-to-all")))
 """
 
 
-def test_it_compiles_for_a_tpu_with_its_gradient_over_four_chips():
-  """Nine products: three forward, by inputs and by weights; the last output is not needed."""
+@pytest.mark.parametrize("axis", ["fsdp", "expert"])
+def test_it_compiles_for_a_tpu_with_its_gradient_over_four_chips(axis):
+  """Nine products: three forward, by inputs and by weights; the last output is not needed. Tokens
+  go to experts of other chips, and gradients back: at least those of inputs and of outputs.
+  """
   pytest.importorskip("libtpu")
   environ = {
     **os.environ,
@@ -56,7 +61,7 @@ def test_it_compiles_for_a_tpu_with_its_gradient_over_four_chips():
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   }
   compiling = subprocess.run(
-    [sys.executable, "-c", textwrap.dedent(COMPILE)],
+    [sys.executable, "-c", textwrap.dedent(COMPILE), axis],
     cwd=Path(__file__).parents[2],
     env=environ,
     capture_output=True,
@@ -64,4 +69,5 @@ def test_it_compiles_for_a_tpu_with_its_gradient_over_four_chips():
     timeout=300,
   )
   assert compiling.returncode == 0, compiling.stderr[-2000:]
-  assert int(compiling.stdout) >= 8
+  products, sent = map(int, compiling.stdout.split())
+  assert products >= 8 and (sent >= 4 if axis == "expert" else sent == 0)
