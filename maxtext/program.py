@@ -162,7 +162,6 @@ def build(
       "context_parallel_load_balance",
       "moves tokens, of which the first ones find room with a capacity_factor; use false",
     )
-  tiles = _tiles(config, layout, spec)
   return Program(
     config=config,
     layout=layout,
@@ -170,7 +169,7 @@ def build(
     plan=plan(config, spec),
     objective=NextToken(
       z_loss=config.training.z_loss_multiplier,
-      tiles=tiles,
+      tiles=tiles(config, spec, layout.mesh.size, bool(layout.token_axes)),
       ordered=not balanced,
       mtp=config.training.mtp_loss_scaling_factor,
       balance=config.training.load_balance_loss_weight,
@@ -242,17 +241,17 @@ def padded(vocabulary: int) -> int:
   return -(-vocabulary // 64) * 64
 
 
-def _tiles(config: Config, layout: sharding.Layout, spec: DecoderSpec) -> int:
+def tiles(config: Config, spec: DecoderSpec, devices: int, split: bool) -> int:
   """Into how many parts of the length the loss is cut: as asked, else so that one is within TILE.
 
-  Where tokens are split it is one: each tile adds to a gradient as large as the parameter before
+  Where tokens are `split` it is one: each tile adds to a gradient as large as the parameter before
   it is split, which costs more than it saves (4 tiles on fsdp 4 x tensor 2: 1.08 of one).
   """
   length = config.training.max_target_length
-  if config.memory.num_vocab_tiling or layout.token_axes:
+  if config.memory.num_vocab_tiling or split:
     return config.memory.num_vocab_tiling or 1
-  row = 4 * spec.vocab * config.training.micro_batch(layout.mesh.size)
-  fits = lambda tiles: length // tiles * row <= TILE * layout.mesh.size
+  row = 4 * spec.vocab * config.training.micro_batch(devices)
+  fits = lambda tiles: length // tiles * row <= TILE * devices
   return next((n for n in range(1, length + 1) if length % n == 0 and fits(n)), length)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import itertools
 import time
@@ -355,6 +356,7 @@ class Run:
       self.program.spec, tokens, self.length, state.params, state.opt_state
     )
     mesh = self.program.layout.mesh
+    costs = dataclasses.replace(costs, step=estimate.of_step(self.program))
     log.info(str(self.corpus))
     if (tiles := self.program.objective.tiles) > 1:
       log.info(f"loss: the logits of {self.length} tokens in {tiles} parts, one after the other")

@@ -26,7 +26,8 @@ LEVELS = (  # a module imports from levels above its own in this list, and from 
   ("objectives", "data", "checkpoints", "quantize", "lora"),
   ("training", "serve"),
   ("config",),
-  ("program", "estimate", "hardware", "signals", "resume", "adoption"),
+  ("program", "hardware", "signals", "resume", "adoption"),
+  ("estimate",),
   ("trainer", "conversion"),
   ("train", "decode", "compile", "launch", "explain", "inspect"),
   ("convert",),  # offers another entry point's work as one of its commands

@@ -1,14 +1,8 @@
-"""What a run costs, from its spec and shapes alone: parameters, FLOPs, bytes per device."""
+"""What a model needs, from its spec alone: parameters, and FLOPs in its products."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any
-
-import jax
 
 from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, DeltaSpec, MlpSpec, NormSpec
 
@@ -191,102 +185,3 @@ def _norm(spec: NormSpec | None, width: int) -> int:
   if spec is None or spec.kind == "l2":
     return 0
   return width * (2 if spec.kind == "layer" else 1)
-
-
-# Published dense bf16 peaks in TFLOP/s of what JAX calls one device: Google's pages on Cloud TPU
-# architecture (a v2, v3 or 7x chip is two devices); NVIDIA's and AMD's data sheets, half of the
-# figure where that is for sparse matrices. The first pattern that is found counts.
-_PEAKS = (
-  (r"TPU v2", 23),
-  (r"TPU v3", 61.5),
-  (r"TPU v4 lite", 138),
-  (r"TPU v4", 275),
-  (r"TPU v5 ?(lite|e)", 197),
-  (r"TPU v5", 459),
-  (r"TPU v6 ?(lite|e)", 918),
-  (r"TPU ?7x?\b", 1153.5),
-  (r"\bA100\b", 312),
-  (r"\bH100 NVL\b|\bH200 NVL\b", 835.5),
-  (r"\bH100 PCIe\b", 756),
-  (r"\bH100\b|\bH200\b|\bGH200\b", 989.4),
-  (r"\bGB200\b", 2500),
-  (r"\bB200\b", 2250),
-  (r"\bL4\b", 121),
-  (r"\bL40S\b", 362),
-  (r"\bMI300X\b", 1307.4),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-  """The published bf16 FLOP/s of a JAX `device_kind`; None where it is not known (a CPU)."""
-  for pattern, tera in _PEAKS:
-    if re.search(pattern, device_kind, re.IGNORECASE):
-      return tera * 1e12
-  return None
-
-
-def bytes_per_device(arrays: Any) -> int:
-  """What a tree of arrays, or of shapes with shardings, occupies on one device."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(arrays)
-  )
-
-
-def compiled_bytes(compiled: Any) -> int | None:
-  """The most that a compiled program holds on one device at a time; None where XLA does not say."""
-  analysis = compiled.memory_analysis()
-  if analysis is None:
-    return None
-  kept = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-  whole = analysis.argument_size_in_bytes + kept + analysis.temp_size_in_bytes
-  peak = analysis.peak_memory_in_bytes
-  # XLA's CPU backend leaves what a step computes on the way out of its peak
-  return (peak if peak > analysis.temp_size_in_bytes else whole) or None
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-  """A run before it starts: `flops` of one step on all devices, bytes on each."""
-
-  parameters: int
-  flops: Flops
-  parameter_bytes: int
-  optimizer_bytes: int
-
-  @classmethod
-  def of(cls, spec: DecoderSpec, tokens: int, length: int, params: Any, opt_state: Any) -> Estimate:
-    """Of steps of `tokens` tokens in sequences of `length`; the trees are shapes with shardings."""
-    return cls(
-      parameter_count(spec),
-      step_flops(spec, tokens, length),
-      bytes_per_device(params),
-      bytes_per_device(opt_state),
-    )
-
-  def lines(
-    self, device_kind: str, mesh: Mapping[str, int], step_bytes: int | None = None
-  ) -> Iterator[str]:
-    """What a run prints once; `step_bytes` is the compiled step's peak where it is known."""
-    devices = math.prod(mesh.values())
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
-    yield f"parameters: {self.parameters:,}"
-    yield f"devices: {devices} x {device_kind}" + (f", mesh {axes}" if axes else "")
-    tera, share = self.flops.total / 1e12, self.flops.weights / self.flops.total
-    peak = peak_flops(device_kind)
-    against = f"peak {peak / 1e12:,.1f} TFLOP/s" if peak else "peak not known, so no MFU"
-    yield (
-      f"TFLOPs per step: {tera:.4g} (weights {share:.1%}, attention {1 - share:.1%}), "
-      f"per device {tera / devices:.4g}; {against}"
-    )
-    state = self.parameter_bytes + self.optimizer_bytes
-    line = (
-      f"memory per device: state {_binary(state)} (parameters {_binary(self.parameter_bytes)}, "
-      f"optimizer {_binary(self.optimizer_bytes)})"
-    )
-    yield line + (f", peak of a step {_binary(step_bytes)}" if step_bytes else "")
-
-
-def _binary(size: int) -> str:
-  """Bytes in GiB, or in MiB below a tenth of one."""
-  return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
