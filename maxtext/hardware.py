@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 from maxtext.config.run import FORCED, Run
+from maxtext.errors import ConfigError
 from maxtext.log import log
+
+READ_FLAGS = (  # all that reads XLA_FLAGS, in 0.1 s
+  "from jaxlib import xla_client as x; x.CompileOptions().executable_build_options.debug_options"
+)
 
 
 def prepare(run: Run) -> None:
   """Put platform, virtual devices and compilation cache into the environment; to be called before
-  jax is imported.
+  jax is imported. Raises ConfigError for XLA_FLAGS that XLA ends the process for.
   """
+  _check_flags(os.environ.get("XLA_FLAGS", ""))
   if run.hardware != "auto":
     os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(run.hardware, run.hardware)
   if run.devices is not None:
@@ -29,6 +37,18 @@ def prepare(run: Run) -> None:
   # XLA's and JAX's remarks on their own cache are not for users
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
+
+
+def _check_flags(flags: str) -> None:
+  """Ask a process of its own what XLA says of flags, if there are others than ours."""
+  if not re.sub(rf"{FORCED}=\d+", "", flags).strip():
+    return
+  environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
+  command = [sys.executable, "-c", READ_FLAGS]
+  asked = subprocess.run(command, capture_output=True, text=True, env=environment)
+  if found := re.findall(r"^[EF]\d{4} .*?\] (.*)", asked.stderr, re.MULTILINE):
+    problem = f"{found[0].rstrip('.')[:200]}; XLA takes only what it knows: change it, or unset it"
+    raise ConfigError("XLA_FLAGS (environment)", problem)
 
 
 def _keep_programs(folder: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from maxtext import config, hardware
+from maxtext.errors import ConfigError
 
 
 @pytest.fixture
@@ -30,3 +31,32 @@ def test_programs_of_several_virtual_devices_are_not_kept(environ, tmp_path):
   found = environ(f"jax_cache_dir={tmp_path}", "devices=8")
   assert "JAX_COMPILATION_CACHE_DIR" not in found
   assert found["XLA_FLAGS"] == "--xla_force_host_platform_device_count=8"
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (
+      "--xla_no_such_flag=1",
+      "XLA_FLAGS (environment): Unknown flag in XLA_FLAGS: --xla_no_such_flag=1;",
+    ),
+    (
+      "--xla_backend_optimization_level=high",
+      "value high for flag xla_backend_optimization_level;",
+    ),
+    ("no_such_file", 'Could not open file "no_such_file"'),
+  ],
+)
+def test_flags_that_xla_does_not_take_are_refused_in_a_line(environ, monkeypatch, flags, words):
+  """XLA itself ends the process for them, with all of its flags or with a signal."""
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  with pytest.raises(ConfigError) as caught:
+    hardware.prepare(config.load(["hardware=cpu"], {}).run)
+  assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_flags_that_xla_takes_stay(environ, monkeypatch):
+  known = "--xla_backend_optimization_level=1 --xla_force_host_platform_device_count=2"
+  monkeypatch.setenv("XLA_FLAGS", known)
+  hardware.prepare(config.load(["hardware=cpu"], {}).run)
+  assert os.environ["XLA_FLAGS"] == known
