@@ -30,15 +30,20 @@ def stopped_run_goes_on(parent: Path) -> None:
 
 
 def stopped_while_it_starts(parent: Path) -> None:
-  """Whenever it comes, the run ends well, or dies of the signal before it has anything to save."""
-  for seconds in (0.3, 1.0, 2.0, 4.0, 6.0):
-    process = Run(parent, "early", NEVER).start()
+  """Whenever it comes, the run ends well and soon, and can be started again."""
+  run = Run(parent, "early", NEVER)
+  for seconds in (0.6, 1.0, 2.0, 3.0, 4.0, 6.0):
+    process = run.start()
     time.sleep(seconds)
     process.send(signal.SIGTERM)
-    code = process.wait()
-    check(code in (0, -signal.SIGTERM), f"SIGTERM {seconds} s in: {code}\n{process.tail()}")
-    check("Traceback" not in process.output, f"SIGTERM {seconds} s in:\n{process.output}")
-    print(f"  SIGTERM {seconds} s after the start: exit code {code}")
+    begun = time.monotonic()
+    process.ends(0)
+    took = time.monotonic() - begun
+    check("resume" in process.lines[-1], f"SIGTERM {seconds} s in:\n{process.output}")
+    stepped = "before the first step" not in process.lines[-1]
+    check(stepped or took < 2.0, f"SIGTERM {seconds} s in: {took:.1f} s")
+    what = f"after {process.step() + 1} steps" if stepped else "before the first step"
+    print(f"  SIGTERM {seconds} s after the start: gone {took:.2f} s later, {what}")
 
 
 def second_signal_ends_at_once(parent: Path) -> None:

@@ -2,10 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import threading
 from types import FrameType
 
 from maxtext.log import log
+
+ASKING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Early:
+  """While it is entered, and until a Stop is, SIGTERM and Ctrl-C end the process at once, with 0:
+  nothing has been done that could be saved, and every file is written whole or not at all.
+
+  Also where the main thread is in a compiler, and Python's own handlers wait: a thread is woken.
+  """
+
+  now: Early | None = None  # the one that is entered
+
+  def __enter__(self) -> Early:
+    read, self._write = os.pipe()
+    os.set_blocking(self._write, False)
+    self._woken = signal.set_wakeup_fd(self._write)
+    self._before = {number: signal.signal(number, self._late) for number in ASKING}
+    threading.Thread(target=self._watch, args=(read,), daemon=True).start()
+    Early.now = self
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.over()
+    for number, before in self._before.items():
+      signal.signal(number, before)
+
+  def over(self) -> None:
+    """Leave the signals to others."""
+    if Early.now is self:
+      Early.now = None
+      signal.set_wakeup_fd(self._woken)
+      os.close(self._write)
+
+  def _watch(self, read: int) -> None:
+    while came := os.read(read, 64):  # until the other end is closed
+      if Early.now is self and (name := next((n.name for n in ASKING if n in came), None)):
+        said = f"stopped by {name} before the first step, with nothing to save"
+        with contextlib.suppress(OSError):
+          os.write(1, f"{said}; the same command resumes it\n".encode())
+        os._exit(0)
+    os.close(read)
+
+  def _late(self, number: int, _frame: FrameType | None) -> None:
+    """While it is entered the thread ends the process; afterwards the signal does."""
+    if Early.now is not self:
+      signal.signal(number, signal.SIG_DFL)
+      os.kill(os.getpid(), number)
 
 
 class Stop:
@@ -19,8 +70,10 @@ class Stop:
     self._before: dict[int, object] = {}
 
   def __enter__(self) -> Stop:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ASKING:
       self._before[number] = signal.signal(number, self._asked)
+    if Early.now is not None:
+      Early.now.over()
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -32,6 +85,6 @@ class Stop:
 
   def _asked(self, number: int, frame: FrameType | None) -> None:
     self.name = signal.Signals(number).name
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in ASKING:
       signal.signal(each, signal.SIG_DFL)
     log.info(f"{self.name}: stopping after this step; once more ends the process at once")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from maxtext import config, hardware
+from maxtext import config, hardware, signals
 from maxtext.errors import run_cli
 
 USAGE = """\
@@ -24,11 +24,12 @@ def main(argv: list[str]) -> int:
   if not argv or {"-h", "--help"} & set(argv):
     print(USAGE)
     return 0 if argv else 2
-  loaded = config.load(argv)
-  hardware.prepare(loaded.run)
-  from maxtext import trainer  # imports jax: not before the configuration is known to be right
+  with signals.Early():
+    loaded = config.load(argv)
+    hardware.prepare(loaded.run)
+    from maxtext import trainer  # imports jax: not before the configuration is known to be right
 
-  return trainer.train(loaded)
+    return trainer.train(loaded)
 
 
 def cli() -> NoReturn:

@@ -56,7 +56,7 @@ def train(config: Config) -> int:
   check_devices(config, len(devices))
   for line in config.report():
     log.info(line)
-  with Stop() as stop, _folder(config) as folder:
+  with _folder(config) as folder:
     built = program.build(config, devices, tokens)
     if config.mesh.debug_sharding:
       log.info(sharding.table(built.plan.declared, built.layout, config.mesh.sharding_tolerance))
@@ -64,7 +64,7 @@ def train(config: Config) -> int:
     run = Run(config, folder, built, started)
     # a save under way is finished, come what may
     with _memory(), run.checkpoints or contextlib.nullcontext():
-      return run.train(stop)
+      return run.train()
 
 
 def _vocabulary(config: Config) -> int:
@@ -136,7 +136,7 @@ class Run:
       self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
       self.save = Save(self.checkpoints, config.checkpoint.checkpoint_period, self._beside)
 
-  def train(self, stop: Stop) -> int:
+  def train(self) -> int:
     """Compile, begin or go on, train, save, and say how it ended."""
     newest, ended = self._newest()
     if ended:
@@ -154,7 +154,7 @@ class Run:
       with self._open_metrics(first) as self.metrics:
         step = compiling.result()
         self._announce(step)
-        with self._open_progress(first) as self.progress:
+        with self._open_progress(first) as self.progress, Stop() as stop:
           end = self._loop(step, state, range(first, self.config.training.steps), stop)
     return end
 
