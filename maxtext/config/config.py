@@ -69,6 +69,15 @@ class Config(Sections):
     """The section that a key belongs to."""
     return SECTION_OF[key]
 
+  def changed(self, **values: Any) -> Config:
+    """The same with other values, by key; they are taken as they are."""
+    made = self
+    for key, value in values.items():
+      section = SECTION_OF[key]
+      new = dataclasses.replace(getattr(made, section), **{key: value})
+      made = dataclasses.replace(made, **{section: new})
+    return made
+
   def report(self) -> Iterator[str]:
     """For the start of a run: what replaced its preset, and with `log_config` all that was set."""
     replaced = {}

@@ -112,13 +112,18 @@ def _projections(block: BlockSpec, width: int, active: bool) -> int:
   """Weights of a block's projections: query, key, value, out; up (and gate), down; and a router's.
   With `active` of experts only those that a token goes through.
   """
-  mixer = block.mixer
-  mixing = _delta(mixer, width) if isinstance(mixer, DeltaSpec) else _heads(mixer, width)
+  mixing = attention_weights(block, width)
   if (moe := block.moe) is None:
     return mixing + _wide(block.mlp, width)
   experts = (moe.active if active else moe.experts) * _wide(moe.expert, width)
   routing = width * (moe.experts + moe.shared_gate)
   return mixing + routing + experts + _wide(moe.shared, width)
+
+
+def attention_weights(block: BlockSpec, width: int) -> int:
+  """Weights of the projections of a block's attention, or of its delta net."""
+  mixer = block.mixer
+  return _delta(mixer, width) if isinstance(mixer, DeltaSpec) else _heads(mixer, width)
 
 
 def _wide(mlp: MlpSpec | None, width: int) -> int:

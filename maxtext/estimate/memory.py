@@ -47,8 +47,9 @@ class Parts:
     return math.prod(p.shape) // self.ways(*p.axes)
 
   def joined(self, p: Declared) -> int:
-    """Elements of a parameter, or of one layer of it, as a device uses it."""
-    size = math.prod(p.shape) // self.ways(*p.axes, without=self.tokens)
+    """Elements of a parameter, or of one layer of it, as a device uses it; experts stay split."""
+    apart = tuple(m for m in self.tokens if "exp" not in p.axes or m not in self.rules["exp"])
+    size = math.prod(p.shape) // self.ways(*p.axes, without=apart)
     return size * self.ways("layers") // p.shape[0] if p.axes[0] == "layers" else size
 
   def summed(self, p: Declared) -> int:
@@ -126,12 +127,15 @@ class Model:
     loop = memory.scan_layers and stage.repeat > 1
     return UNROLLED if self.cpu and not loop else memory.remat_policy
 
-  def wide(self, block: BlockSpec) -> list[tuple[MlpSpec, float]]:
-    """A block's feed-forward layers, and how many rows of each a token takes."""
+  def wide(self, block: BlockSpec, peers: int) -> list[tuple[MlpSpec, float]]:
+    """A block's feed-forward layers, and for how many rows of each a device has room per token.
+
+    With `peers` that have other experts that is as if all their tokens chose its own.
+    """
     if (moe := block.moe) is None:
       return [(block.mlp, 1)] if block.mlp is not None else []
     options = self.config.experts
-    times: float = moe.active
+    times: float = peers * min(moe.active, moe.experts // peers)
     if not options.sparse_matmul:
       capacity = options.capacity_factor
       times = min(capacity * moe.active, moe.experts) if capacity > 0 else moe.experts
@@ -206,16 +210,20 @@ class _Local:
   parts: Parts
   tokens: int
   width: int
+  stream: int  # what of it a device has between layers, which may be split further
   vocab: int
 
   @classmethod
   def of(cls, model: Model, parts: Parts, rows: int) -> _Local:
     tokens = rows * model.config.training.max_target_length
+    width, ways = model.spec.width // parts.ways("activation_embed"), parts.ways
+    finer = max(ways("activation_norm_length") // ways("activation_length"), 1)
     return cls(
       model,
       parts,
-      tokens // parts.ways("activation_batch", "activation_length"),
-      model.spec.width // parts.ways("activation_embed"),
+      tokens // ways("activation_batch", "activation_length"),
+      width,
+      width // finer,
       model.spec.vocab // parts.ways("activation_vocab"),
     )
 
@@ -233,18 +241,18 @@ class _Local:
     """(name, elements per token, bytes of one) of all that a block makes and its gradient needs;
     what no policy can name is named ''.
     """
-    w, d = self.model.width, self.width
+    w, d = self.model.width, self.stream
     norms = 2 * block.pre_norm + block.post_attention_norm + block.post_mlp_norm
     yield "input", d, w
     yield "norm", 2 * norms * d, F32
     yield "", norms * d, F32
     yield "", norms * d, w
-    yield "out_proj", d, w
+    yield "out_proj", self.width, w
     if block.attention is not None:
       yield from self._attention(block.attention)
     elif block.delta is not None:
       yield from self._delta(block.delta)
-    for mlp, times in self.model.wide(block):
+    for mlp, times in self.model.wide(block, self.parts.ways("exp")):
       hidden = int(times * mlp.hidden) // self.parts.ways("activation_mlp")
       gated = len(mlp.activations) == 2
       yield "mlpwi_1", hidden, w
@@ -253,7 +261,7 @@ class _Local:
     if block.post_mlp_norm:
       yield "mlpwo", d, w
     if block.moe is not None:
-      yield "", d, F32
+      yield "", self.width, F32
 
   def _attention(self, spec: AttentionSpec) -> Iterator[tuple[str, int, int]]:
     w, length = self.model.width, self.model.config.training.max_target_length
@@ -306,8 +314,10 @@ class _Local:
     wide = sum(count for name, count, _ in made if name.startswith("mlpwi"))
     saved = SAVED.get(policy, ("mlpwi_0", "mlpwi_1"))
     each = w + model.width if "mlpwi_1" in saved else 3.5 * model.width
-    rows = 6 * self.width + (3 if model.tiled else 1) * self._attended(block)
-    rows += 0 if moe is None else 6 * moe.active * self.width
+    rows = 3 * (self.width + self.stream) + (3 if model.tiled else 1) * self._attended(block)
+    rows += (
+      0 if moe is None else int(6 * model.wide(block, self.parts.ways("exp"))[0][1]) * self.width
+    )
     backward = w * (sum(weights) * (1 if moe is None else 2) + self.tokens * rows)
     backward += w * self.tokens * self._whole_rows(block)
     scores = self._scores(block)
