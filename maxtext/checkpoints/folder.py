@@ -188,6 +188,13 @@ def locate(path: str | Path) -> tuple[Path, Manifest]:
   return folder.step(step), folder.manifest(step)
 
 
+def promising(path: str | Path) -> bool:
+  """Whether `locate` has something to look at: judged by names alone, and without a word."""
+  path = Path(path).expanduser()
+  steps = Folder(path / "checkpoints" if (path / "checkpoints").is_dir() else path).named()
+  return bool(steps) or any((path / name).exists() for name in (manifests.NAME, STATE))
+
+
 def read_extra(step_folder: Path, manifest: Manifest) -> dict[str, Any]:
   """What was saved beside the arrays, by name: JSON as values, all else as text."""
   extra = {}

@@ -7,11 +7,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from maxtext.checkpoints import hub
+from maxtext.checkpoints.folder import promising
 from maxtext.config.checks import Problem, Purpose
 from maxtext.config.config import Config
 from maxtext.config.documents import shown as place
 from maxtext.config.values import brief, shown
 
+LOADED = ("load_parameters_path", "load_full_state_path")
 PATHS = (
   "base_output_directory",
   "jax_cache_dir",
@@ -19,8 +22,7 @@ PATHS = (
   "dataset_path",
   "tokenizer_path",
   "tokenizer_cache_dir",
-  "load_parameters_path",
-  "load_full_state_path",
+  *LOADED,
   "prompts_file",
 )
 FOLDERS = ("base_output_directory", "jax_cache_dir", "tokenizer_cache_dir")
@@ -78,11 +80,19 @@ def _read(config: Config) -> Iterator[Problem]:
   if data.dataset_type == "text" and (path := data.dataset_path) and not _is_there(path):
     offer = "name a file, folder or glob, or leave it empty for the embedded corpus"
     yield "dataset_path", f"{shown(path)}: no such file or folder; {offer}"
-  for key in ("load_parameters_path", "load_full_state_path"):
-    path = getattr(checkpoint, key)
-    if path and not os.path.isdir(os.path.expanduser(path)):
-      offer = "name a run's folder, or one of its checkpoints/STEP"
+  own = os.path.join(config.run.base_output_directory, config.run.run_name)
+  named = {key: path for key in LOADED if (path := getattr(checkpoint, key))}
+  for key, path in named.items():
+    offer = "name a run's folder, or one of its checkpoints/STEP"
+    if not os.path.isdir(os.path.expanduser(path)):
       yield key, f"{shown(path)}: no such folder; {offer}"
+    elif len(named) > 1:  # which is complained of by itself
+      continue
+    elif hub.is_model(path) and key == "load_full_state_path":
+      problem = "a model of the hub has parameters only; name it by load_parameters_path"
+      yield key, f"{shown(path)}: {problem}"
+    elif not (hub.is_model(path) or promising(path) or promising(own)):  # `own` would go on
+      yield key, f"{shown(path)}: there is no checkpoint in it; {offer}"
 
 
 def _is_there(path: str) -> bool:

@@ -378,6 +378,14 @@ COMMAND_LINES = [
     "load_parameters_path=absent",
     "load_parameters_path: 'absent': no such folder; name a run's folder",
   ),
+  (
+    "load_full_state_path=.",
+    "load_full_state_path: '.': there is no checkpoint in it; name a run's",
+  ),
+  (
+    "load_parameters_path=.",
+    "load_parameters_path: '.': there is no checkpoint in it; name a run's",
+  ),
   ("load_full_state_path=absent", "load_full_state_path: 'absent': no such folder"),
   (
     "base_output_directory=/dev/null/runs",
