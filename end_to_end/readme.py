@@ -23,6 +23,7 @@ PAGES = (
   "docs/huggingface.md",
   "docs/running.md",
   "docs/parallelism.md",
+  "docs/hosts.md",
   "docs/checkpoints.md",
   "docs/decoding.md",
   "docs/development.md",

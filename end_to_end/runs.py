@@ -128,9 +128,9 @@ class Process:
     return words if len(words) < 500 else f"{words[:60]} ..."
 
 
-def module(name: str, *arguments: str | Path) -> Process:
+def module(name: str, *arguments: str | Path, environment: dict[str, str] | None = None) -> Process:
   """`python -m name arguments`, with the Python that runs this."""
-  return Process([sys.executable, "-m", name, *map(str, arguments)])
+  return Process([sys.executable, "-m", name, *map(str, arguments)], environment)
 
 
 def completed(line: str) -> int:
@@ -152,10 +152,11 @@ class Run:
   def folder(self) -> Path:
     return self.parent / self.name
 
-  def start(self, *keys: str) -> Process:
+  def start(self, *keys: str, environment: dict[str, str] | None = None) -> Process:
     """Begin the run, or go on with it."""
     where = (f"base_output_directory={self.parent}", f"jax_cache_dir={self.parent / 'xla'}")
-    return module("train", CONFIG, f"run_name={self.name}", *where, *self.keys, *keys)
+    words = (f"run_name={self.name}", *where, *self.keys, *keys)
+    return module("train", CONFIG, *words, environment=environment)
 
   def train(self, *keys: str) -> str:
     """Begin or go on, to the end; the output."""

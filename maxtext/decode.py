@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from maxtext import config as configs
-from maxtext import hardware, resume
+from maxtext import hardware, hosts, resume
 from maxtext import log as logs
 from maxtext.checkpoints import hub
 from maxtext.checkpoints.folder import locate, read_extra
@@ -57,9 +59,15 @@ def main(argv: list[str]) -> int:
     config = _adopted(folder, words) if adopts else configs.load(words, purpose="decode")
     folder = folder or _folder(config)
     prompts = _prompts(config)
-    hardware.prepare(config.run)
-    logs.start(debug=config.run.debug)
-    _write(config, folder, prompts)
+    place = hosts.find(os.environ, config.hosts, config.run.hardware)
+    hardware.prepare(config.run, several=place is not None)
+    if place is not None:
+      logs.keep_native_off()
+    logs.start(place.id if place else 0, config.run.debug)
+    with hosts.joined(place, config.hosts):
+      config = resume.agreed(config)
+      hosts.agree({"prompts_file": json.dumps(prompts)})
+      _write(config, folder, prompts)
   return 0
 
 
@@ -270,7 +278,11 @@ def _print(writer: Writer, params: Params, groups: list[list[str]], length: int)
 
 
 def _show(text: str) -> None:
-  """Print on standard output at once. On a terminal control characters are shown, not obeyed."""
+  """Print on standard output at once, in the first process. On a terminal control characters are
+  shown, not obeyed.
+  """
+  if not hosts.is_first():
+    return
   out = sys.stdout
   if out.isatty():
     text = text.translate(PICTURES)

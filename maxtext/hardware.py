@@ -20,9 +20,11 @@ READ_FLAGS = (  # all that reads XLA_FLAGS, in 0.1 s
 )
 
 
-def prepare(run: Run) -> None:
+def prepare(run: Run, several: bool = False) -> None:
   """Put platform, virtual devices and compilation cache into the environment; to be called before
-  jax is imported. Raises ConfigError for XLA_FLAGS that XLA ends the process for.
+  jax is imported. `several`: whether this is one process of several.
+
+  Raises ConfigError for XLA_FLAGS that XLA ends the process for.
   """
   _check_flags(os.environ.get("XLA_FLAGS", ""))
   if run.hardware != "auto":
@@ -31,7 +33,8 @@ def prepare(run: Run) -> None:
     flags = re.sub(rf"{FORCED}=\d+", "", os.environ.get("XLA_FLAGS", ""))
     os.environ["XLA_FLAGS"] = f"{flags} {FORCED}={run.devices}".strip()
   # XLA's CPU backend loses the order of a kept program's collectives: they wait for each other
-  several = (run.forced_devices(os.environ) or 1) > 1
+  several = several and run.hardware not in ("gpu", "tpu")
+  several = several or (run.forced_devices(os.environ) or 1) > 1
   if run.jax_cache_dir and not several and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _keep_programs(Path(run.jax_cache_dir).expanduser())
   # XLA's and JAX's remarks on their own cache are not for users

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -46,6 +47,13 @@ def start(process: int = 0, debug: bool = False) -> None:
   log.handlers[:] = [_lines]
   log.propagate = False
   log.setLevel(logging.ERROR if process else logging.DEBUG if debug else logging.INFO)
+
+
+def keep_native_off() -> None:
+  """Leave standard output to Python: gloo greets each of its peers there, in C++."""
+  sys.stdout.flush()
+  sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @contextlib.contextmanager

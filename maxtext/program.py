@@ -216,7 +216,8 @@ def build_to_decode(config: Config, vocabulary: int = 0) -> Program:
   if "fsdp" in mesh.mesh_axes and not typed:
     own: dict[str, Any] = dict.fromkeys(sizes, 1) | {"ici_fsdp_parallelism": -1}
     mesh = dataclasses.replace(mesh, **own)
-    devices = devices[:1] if devices[0].platform == "cpu" else devices
+    alone = devices[0].platform == "cpu" and jax.process_count() == 1
+    devices = devices[:1] if alone else devices
   return build(dataclasses.replace(config, mesh=mesh), devices, vocabulary)
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from typing import Any
 
+from maxtext import __version__, hosts
 from maxtext.config import Config
 from maxtext.config.decoder import spec
-from maxtext.config.values import brief
+from maxtext.config.values import brief, render
 from maxtext.errors import CheckpointError, ConfigErrors
+from maxtext.hosts.sections import PLACE
 from maxtext.log import log
 
 FACTS, CONFIG, DATA = "facts", "config", "data"  # what a checkpoint holds beside the state
@@ -37,6 +40,21 @@ def facts(config: Config, devices: int) -> dict[str, Any]:
   """What a checkpoint notes of its run besides the configuration, to compare on resume."""
   batch = config.training.global_batch(devices)
   return {"global_batch": batch, "devices": devices, MODEL: _model(config, {})}
+
+
+def agreed(config: Config) -> Config:
+  """The configuration, where all processes that train together have the same, and of one version.
+
+  Raises ConfigErrors, a line for each key that differs.
+  """
+  if not config.sources["run_name"].text:  # it was made of the time, which is each one's own
+    name = hosts.first(lambda: config.run.run_name)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_name=name))
+  values = {key: render(value) for key, value in config.values.items() if key not in PLACE}
+  values["decoder_block"] += f" {_model(config, {})}"
+  versions = {"version of maxtext": __version__, "version of jax": metadata.version("jax")}
+  hosts.agree(values | versions)
+  return config
 
 
 def check(config: Config, saved: Mapping[str, Any], devices: int) -> None:

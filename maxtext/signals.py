@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 
+from maxtext import hosts
 from maxtext.log import log
 
 ASKING = (signal.SIGTERM, signal.SIGINT)
@@ -47,8 +49,10 @@ class Early:
     while came := os.read(read, 64):  # until the other end is closed
       if Early.now is self and (name := next((n.name for n in ASKING if n in came), None)):
         said = f"stopped by {name} before the first step, with nothing to save"
+        said += "; the same command resumes it"
         with contextlib.suppress(OSError):
-          os.write(1, f"{said}; the same command resumes it\n".encode())
+          os.write(sys.stdout.fileno() if hosts.is_first() else 2, f"{said}\n".encode())
+        hosts.say_end(said, 0)
         os._exit(0)
     os.close(read)
 
@@ -60,13 +64,14 @@ class Early:
 
 
 class Stop:
-  """Listens for SIGTERM and Ctrl-C while it is entered; called, says whether one has come.
+  """Listens for SIGTERM and Ctrl-C while it is entered; called after a step, says whether one has
+  come, to this process or to another that trains with it.
 
   The second signal of a kind finds the system's own handler and ends the process there and then.
   """
 
   def __init__(self) -> None:
-    self.name = ""
+    self.name = self.by = ""  # what came to this process; what ends the training
     self._before: dict[int, object] = {}
 
   def __enter__(self) -> Stop:
@@ -80,8 +85,10 @@ class Stop:
     for number, before in self._before.items():
       signal.signal(number, before)  # type: ignore[arg-type]
 
-  def __call__(self) -> bool:
-    return bool(self.name)
+  def __call__(self, finished: int) -> bool:
+    """Whether to end after so many steps: the same in all processes, which all have to ask."""
+    self.by = hosts.stop_at(self.name, finished)
+    return bool(self.by)
 
   def _asked(self, number: int, frame: FrameType | None) -> None:
     self.name = signal.Signals(number).name

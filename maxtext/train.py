@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from typing import NoReturn
 
-from maxtext import config, hardware, signals
-from maxtext.errors import run_cli
+from maxtext import config, hardware, hosts, signals
+from maxtext.errors import ConfigError, run_cli
 
 USAGE = """\
 usage: python -m train CONFIG.yml [key=value ...]
@@ -25,11 +27,28 @@ def main(argv: list[str]) -> int:
     print(USAGE)
     return 0 if argv else 2
   with signals.Early():
-    loaded = config.load(argv)
-    hardware.prepare(loaded.run)
+    loaded, place = _load(argv)
     from maxtext import trainer  # imports jax: not before the configuration is known to be right
 
-    return trainer.train(loaded)
+    return trainer.train(loaded, place)
+
+
+def _load(argv: list[str]) -> tuple[config.Config, hosts.Place | None]:
+  """The configuration, whose hardware is prepared, and this process's place among several, who are
+  told of what is wrong here. Raises ConfigErrors.
+  """
+  section = None
+  try:
+    loaded = config.load(argv)
+    section = loaded.hosts
+    place = hosts.find(os.environ, section, loaded.run.hardware)
+    hardware.prepare(loaded.run, several=place is not None)
+  except ConfigError as error:
+    section = section or config.load([], {}).hosts
+    with contextlib.suppress(ConfigError):  # it is among the complaints
+      hosts.tell(hosts.find(os.environ, section), section, error)
+    raise
+  return loaded, place
 
 
 def cli() -> NoReturn:

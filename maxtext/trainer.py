@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from maxtext import estimate, hardware, program, resume, sharding
+from maxtext import estimate, hardware, hosts, program, resume, sharding
 from maxtext import log as logs
 from maxtext.checkpoints import hub
 from maxtext.checkpoints.hub.loading import load
@@ -45,11 +45,19 @@ from maxtext.training.state import Params, State, from_tree, tree
 from maxtext.training.step import Batch
 
 
-def train(config: Config) -> int:
-  """Train the run to its end, or until it is asked to stop; returns the exit code. Raises
-  UserError.
+def train(config: Config, place: hosts.Place | None = None) -> int:
+  """Train the run to its end, or until it is asked to stop, in this process alone or at its place
+  among several; returns the exit code. Raises UserError.
   """
   started = time.monotonic()
+  if place is not None:
+    logs.keep_native_off()
+    logs.start(place.id, config.run.debug)
+  with hosts.joined(place, config.hosts):
+    return _train(resume.agreed(config), started)
+
+
+def _train(config: Config, started: float) -> int:
   tokens = _vocabulary(config)
   devices = program.find_devices(config.run)
   logs.start(jax.process_index(), config.run.debug)
@@ -98,22 +106,28 @@ def _check_memory(built: Program) -> None:
 
 @contextlib.contextmanager
 def _folder(config: Config) -> Iterator[Path]:
-  """The run's folder, made if need be, and this process's alone while it trains."""
+  """The run's folder, made if need be, and this run's alone while it trains."""
   folder = Path(config.run.base_output_directory).expanduser() / config.run.run_name
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-  except OSError as error:
-    problem = f"{folder} cannot be written ({error.strerror}); name a folder that can"
-    raise ConfigError("base_output_directory", problem) from None
-  with lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-      problem = (
-        f"{config.run.run_name!r} is being trained by another process in {folder}; name another"
-      )
-      raise ConfigError("run_name", problem) from None
+  with contextlib.ExitStack() as held:
+
+    def take() -> None:
+      try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context((folder / ".lock").open("w"))
+      except OSError as error:
+        problem = f"{folder} cannot be written ({error.strerror}); name a folder that can"
+        raise ConfigError("base_output_directory", problem) from None
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except OSError:
+        what = "is being trained by another process in"
+        problem = f"{config.run.run_name!r} {what} {folder}; name another"
+        raise ConfigError("run_name", problem) from None
+
+    hosts.first(take)  # processes that train together have one folder
+    if not (folder / ".lock").exists():
+      problem = f"{folder} is not there, where process 0 has made it; name one that all hosts share"
+      raise ConfigError("base_output_directory", problem)
     yield folder
 
 
@@ -147,14 +161,16 @@ class Run:
       compiling = background.submit(lambda: traced.lower().compile())
       preload()
       self.corpus = open_corpus(self.config.data)
+      hosts.agree({"dataset_path": f"documents and tokens of sha256 {self.corpus.fingerprint}"})
       self.batches = self._batches(train_batches, self.rows)
       state = self._begin(newest)
       first = int(state.step)
       self._write_config()
-      with self._open_metrics(first) as self.metrics:
+      with self._open_metrics(first) as self.metrics, hosts.before_end(self.metrics.flush):
         step = compiling.result()
         self._announce(step)
-        with self._open_progress(first) as self.progress, Stop() as stop:
+        progress = self._open_progress(first)
+        with progress as self.progress, hosts.before_end(progress.close), Stop() as stop:
           end = self._loop(step, state, range(first, self.config.training.steps), stop)
     return end
 
@@ -165,12 +181,13 @@ class Run:
     checkpoint = self.config.checkpoint
     if self.save and checkpoint.save_checkpoint_on_start and not self.save.checkpoints.steps():
       self.save(span.start, state)
-    if stop():
+    if stop(span.start):
       span = range(span.start, span.start)
     columns = self._placed(self.batches, self.rows)
     end = loop(step, state, columns, span, self._reporter(), hooks, stop)
+    stopped = stop(end.finished)
     if self.save:
-      if end.finished and (stop() or checkpoint.save_checkpoint_on_completion):
+      if end.finished and (stopped or checkpoint.save_checkpoint_on_completion):
         self.save(end.finished, end.state)
       self.save.checkpoints.close()
     self._farewell(end, None if evaluate is None else evaluate.last, stop)
@@ -318,14 +335,16 @@ class Run:
     if loss is not None:
       entropy = self.corpus.unigram_entropy()
       log.info(f"eval loss {loss:.3f} nats/token; unigram entropy of the corpus {entropy:.3f}")
-    if stop():
+    if stop.by:
       saved = f", saved in {self.save.checkpoints.directory}" if self.save else ", not saved"
-      log.info(f"stopped by {stop.name} after {done}{saved}; the same command resumes it")
+      log.info(f"stopped by {stop.by} after {done}{saved}; the same command resumes it")
     else:
       log.info(f"finished {end.finished} steps of {self.folder}")
 
   def _write_config(self) -> None:
     """config.yml and what the tokenizer consists of, each file whole or not at all."""
+    if jax.process_index():
+      return
     path = self.folder / "config.yml"
     try:
       path.with_suffix(".writing").write_text(self.config.resolved())

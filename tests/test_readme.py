@@ -13,12 +13,12 @@ from end_to_end.readme import PAGES, ROOT, blocks
 from maxtext import config
 from maxtext.config.sections import SECTION_OF
 
-PROGRAMS = {"printf", "source", "tensorboard", ".venv/bin/ruff", ".venv/bin/mypy"}
+PROGRAMS = {"printf", "source", "tensorboard", "wait", ".venv/bin/ruff", ".venv/bin/mypy"}
 
 
 def commands() -> list[str]:
   joined = [block.replace("\\\n", " ") for page in PAGES for block in blocks(ROOT / page)]
-  return [line for block in joined for line in block.splitlines()]
+  return [line.removesuffix(" &") for block in joined for line in block.splitlines()]
 
 
 def programs_arguments(module: str) -> list[list[str]]:

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from maxtext import hosts
 from maxtext.checkpoints import manifest as manifests
 from maxtext.checkpoints.manifest import Damage, Fingerprint, Manifest
 from maxtext.errors import CheckpointError
@@ -162,18 +163,28 @@ class Folder:
 
 
 def locate(path: str | Path) -> tuple[Path, Manifest]:
-  """The newest whole step of a run folder or a checkpoints folder, or a step folder itself.
+  """The newest whole step of a run folder or a checkpoints folder, or a step folder itself: the one
+  that process 0 finds.
 
   Raises CheckpointError, which says what was looked for.
   """
-  path = Path(path).expanduser()
+  found = Path(hosts.first(lambda: str(_newest(Path(path).expanduser()))))
+  try:
+    return found, manifests.read(found)
+  except Damage as damage:
+    raise CheckpointError(f"{found} {damage}") from None
+
+
+def _newest(path: Path) -> Path:
+  """The step that `locate` means, every byte of it as it was written."""
   wanted = "give a run's folder, its checkpoints folder or one step in it"
   try:
     names = {entry.name for entry in os.scandir(path)}
   except OSError as error:
     raise CheckpointError(f"{path}: {error.strerror}: {wanted}") from error
   if names & {manifests.NAME, STATE}:
-    return path, _whole(path)
+    _whole(path)
+    return path
   folder = Folder(path / "checkpoints" if "checkpoints" in names else path)
   step = folder.newest()
   if step is None:
@@ -185,7 +196,7 @@ def locate(path: str | Path) -> tuple[Path, Manifest]:
     raise CheckpointError(
       f"{path} holds no complete checkpoint: looked for {manifests.NAME} {inside}; {wanted}"
     )
-  return folder.step(step), folder.manifest(step)
+  return folder.step(step)
 
 
 def promising(path: str | Path) -> bool:
@@ -207,14 +218,13 @@ def read_extra(step_folder: Path, manifest: Manifest) -> dict[str, Any]:
   return extra
 
 
-def _whole(folder: Path) -> Manifest:
+def _whole(folder: Path) -> None:
   try:
     manifest = manifests.read(folder)
     manifests.fingerprint(folder, manifest)
     manifests.check_content(folder, manifest)
   except Damage as damage:
     raise CheckpointError(f"{folder} {damage}") from None
-  return manifest
 
 
 def _unused(parent: Path, name: str) -> Path:

@@ -9,14 +9,14 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
-import numpy as np
 
+from maxtext import hosts
 from maxtext.checkpoints import manifest as manifests
 from maxtext.checkpoints.arrays import Array, difference
 from maxtext.checkpoints.folder import STATE, Folder, locate, read_extra
@@ -65,7 +65,7 @@ class Checkpoints:
     self.wait()
     if not self._section.enable_checkpointing or not (force or self.due(step)):
       return False
-    if _from_first(lambda: self._folder.whole(step)):
+    if hosts.first(lambda: self._folder.whole(step)):
       return False
     storage = _storage()
     files = {name: _file(name, value) for name, value in extra.items()}
@@ -134,13 +134,13 @@ class Checkpoints:
   def newest(self) -> int | None:
     """The newest whole step, the same in every process; a line says what was passed over."""
     self._join()
-    newest = _from_first(lambda: -1 if (step := self._folder.newest()) is None else step)
-    return None if newest < 0 else newest
+    return hosts.first(self._folder.newest)
 
   def damaged(self) -> tuple[int, ...]:
-    """The steps that have a folder and are not whole, ascending."""
-    whole = self.steps()
-    return tuple(step for step in self._folder.named() if step not in whole)
+    """The steps that have a folder and are not whole, ascending, the same in every process."""
+    self._join()
+    broken = lambda: [step for step in self._folder.named() if not self._folder.whole(step)]
+    return tuple(hosts.first(broken))
 
   def restore(self, step: int, target: Any) -> Any:
     """The state of a step, as `target` (of jax.ShapeDtypeStruct with shardings) describes it.
@@ -162,22 +162,21 @@ class Checkpoints:
 
   def _manifest(self, step: int) -> Manifest:
     """The manifest of a step that process 0 has found whole. Raises CheckpointError."""
-    _from_first(lambda: self._folder.manifest(step).step)
+    hosts.first(lambda: self._folder.manifest(step).step)
     return self._folder.manifest(step, content=False)
 
   def _begin(self, step: int) -> Path:
     """The folder in which a step is built, made by process 0."""
 
-    def make() -> int:
+    def make() -> None:
       try:
         if self._writer is None:
           self._folder.clean()
         self._folder.prepare(step)
       except OSError as error:
         raise self._trouble(step, error) from error
-      return 0
 
-    _from_first(make)
+    hosts.first(make)
     return self.directory / f"{step}.saving"
 
   def _seal(
@@ -260,25 +259,6 @@ def _file(name: str, value: str | Mapping[str, Any]) -> tuple[str, bytes]:
   if isinstance(value, str):
     return f"{name}.yml", value.encode()
   return f"{name}.json", json.dumps(value).encode()
-
-
-def _from_first(decide: Callable[[], int]) -> int:
-  """What `decide` returns, or the CheckpointError it raises, in process 0: in every process."""
-  if jax.process_count() == 1:
-    return decide()
-  from jax.experimental import multihost_utils
-
-  failure, answer = None, 0
-  if jax.process_index() == 0:
-    try:
-      answer = decide()
-    except CheckpointError as error:
-      failure = error
-  word = np.array([failure is not None, answer], np.int32)
-  failed, answer = multihost_utils.broadcast_one_to_all(word).tolist()
-  if failed:
-    raise failure or CheckpointError("process 0 refused the checkpoint; its own line says why")
-  return answer
 
 
 def _cause(error: BaseException) -> str:

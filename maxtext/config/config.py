@@ -12,6 +12,7 @@ from maxtext.config.sections import HINTS, SECTION_OF, Sections, hint_of
 from maxtext.config.sources import BASE, PRESET, Setting, defaults, of_text
 from maxtext.config.values import Unfit, coerce, render
 from maxtext.errors import ConfigError
+from maxtext.hosts.sections import PLACE
 from maxtext.specs import DecoderSpec, MoeSpec
 
 RULES = "logical_axis_rules"
@@ -109,10 +110,13 @@ class Config(Sections):
     return made
 
   def resolved(self) -> str:
-    """Every value as YAML that loads again as this same configuration."""
+    """Every value as YAML that loads again as this same configuration, but for this process's place
+    among others: who reads it may be alone.
+    """
     text = []
     for section, hints in HINTS.items():
-      text += [f"{section}:", *(f"  {key}: {render(self.values[key])}" for key in hints)]
+      keys = [key for key in hints if key not in PLACE]
+      text += [f"{section}:", *(f"  {key}: {render(self.values[key])}" for key in keys)]
     return "\n".join(text) + "\n"
 
   def changes(self, resolved: str) -> list[tuple[str, Any, Any]]:
@@ -123,7 +127,8 @@ class Config(Sections):
     """
     old = {s.key: s for s in [*defaults(), *of_text(resolved)]}
     before = {key: _value(setting) for key, setting in old.items()}
-    changed = [(k, before[k], new) for k, new in self.values.items() if before[k] != new]
+    now = {key: value for key, value in self.values.items() if key not in PLACE}
+    changed = [(k, before[k], new) for k, new in now.items() if before[k] != new]
     return [(k, *_difference(old, new)) for k, old, new in changed]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from maxtext import hosts
 from maxtext.config import arguments, checks, documents, places, sources, tokenizer
 from maxtext.config.checks import Purpose
 from maxtext.config.complaints import ENVIRONMENT, Complain, Complaint, Lost, lines
@@ -21,7 +22,7 @@ from maxtext.config.run import FORCED
 from maxtext.config.sections import HINTS, SECTIONS, hint_of
 from maxtext.config.sources import BASE, Setting
 from maxtext.config.values import Unfit, brief, coerce, shown
-from maxtext.errors import ConfigErrors, closest
+from maxtext.errors import ConfigError, ConfigErrors, closest
 
 
 def load(
@@ -43,6 +44,7 @@ def load(
   config = Config(**_sections(values), block=block, history=history)
   if not any(isinstance(complaint, Lost) for complaint in found):
     found += checks.settle(config, _problems(config, environ, purpose), failed)
+    found += _of_devices(config, environ, purpose, failed)
   if not found:
     found += _of_block(config)
   if found:
@@ -179,9 +181,21 @@ def _problems(
   yield from checks.of_run(config, purpose, environ)
   yield from places.of_places(config, purpose)
   yield from tokenizer.unopened(config, purpose)
+
+
+def _of_devices(
+  config: Config, environ: Mapping[str, str], purpose: Purpose, failed: set[str]
+) -> Iterator[Complaint]:
+  """What is wrong with the environment's word on other processes, or on the devices of all."""
+  try:
+    place = hosts.find(environ, config.hosts, config.run.hardware)
+  except ConfigError as error:
+    yield Complaint(ENVIRONMENT, error.where, error.problem)
+    return
   devices = config.run.known_devices(environ)
   if devices is not None and purpose == "train":
-    yield from on_devices(config, devices)
+    whole = devices * (place.count if place else 1)
+    yield from checks.settle(config, on_devices(config, whole), failed)
 
 
 def _of_flags(environ: Mapping[str, str]) -> Iterator[Complaint]:

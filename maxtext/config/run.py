@@ -45,9 +45,7 @@ class Run:
       )
 
   def known_devices(self, environ: Mapping[str, str]) -> int | None:
-    """How many devices this run will find, where that is known before jax is asked."""
-    if "JAX_COORDINATOR_ADDRESS" in environ:
-      return None
+    """How many devices a process will find, where that is known before jax is asked."""
     if self.devices is not None:
       return self.devices
     if self.hardware == "cpu" or (

@@ -9,6 +9,7 @@ from maxtext.checkpoints.sections import Checkpoint
 from maxtext.config.architecture import Architecture
 from maxtext.config.run import Run
 from maxtext.data.sections import Data
+from maxtext.hosts.sections import Hosts
 from maxtext.layers.sections import Experts, Kernel, Memory, Precision
 from maxtext.mesh import Mesh
 from maxtext.serve.sections import Decode
@@ -26,6 +27,7 @@ class Sections:
   experts: Experts
   kernel: Kernel
   mesh: Mesh
+  hosts: Hosts
   training: Training
   optimizer: Optimizer
   eval: Eval

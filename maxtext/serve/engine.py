@@ -167,7 +167,8 @@ class Engine:
     rows = first_row + np.arange(sizes.rows, dtype=np.int32)
     arrays = {"tokens": tokens, "lengths": lengths, "rows": rows}
     shapes = self._shapes(sizes)
-    return {name: jax.device_put(x, shapes[name].sharding) for name, x in arrays.items()}
+    place = lambda x, shape: jax.make_array_from_callback(x.shape, shape.sharding, x.__getitem__)
+    return {name: place(x, shapes[name]) for name, x in arrays.items()}
 
   def _begin(self, params: Params, batch: Columns, slots: int) -> Held:
     """The prompts [b t] -> caches, the first new ids [b], their positions [b]."""

@@ -56,12 +56,13 @@ def loop(
   span: range,
   report: Callable[[Done], None],
   hooks: Sequence[Hook] = (),
-  stop: Callable[[], bool] = lambda: False,
+  stop: Callable[[int], bool] = lambda finished: False,
 ) -> End:
   """Run steps `span`; `report` hears of each once it is finished, in order.
 
   The next step is given to the device before the last one's numbers are fetched, so the device
-  never waits for a log line. Before hooks run, everything is finished and reported.
+  never waits for a log line. Before hooks run, everything is finished and reported. `stop` is asked
+  once after each step.
   """
   mark = time.monotonic()  # when the step before was finished, and its hooks
   pending: tuple[int, dict[str, jax.Array], float] | None = None
@@ -87,11 +88,12 @@ def loop(
     pending = index, metrics, wait
     finished = index + 1
     due = [hook for hook in hooks if hook.due(finished)]
-    if due or stop():
+    stopped = stop(finished)
+    if due or stopped:
       settle()
       ended = [hook(finished, state) for hook in due]
       mark = time.monotonic()
-      if stop():
+      if stopped:
         return End(state, finished, "stop")
       if any(ended):
         return End(state, finished, "hook")

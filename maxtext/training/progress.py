@@ -46,6 +46,10 @@ class Progress:
     return self
 
   def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Leave the terminal as it was."""
     self._ended, self._doing = True, "" if self._done >= self._steps else "stopped"
     self._stack.close()
 

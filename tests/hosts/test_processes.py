@@ -1,0 +1,129 @@
+"""Processes on one machine train as one: the same numbers, one configuration, one end."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from end_to_end import hosts
+from end_to_end.runs import Run
+
+SMALL = ("base_num_decoder_layers=1", "base_mlp_dim=32", "eval_interval=-1", "max_target_length=16")
+HASTE = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
+ONE_DEVICE = ("devices=1", "jax_distributed_heartbeat_timeout_seconds=8")
+
+
+def ended(processes):
+  """The exit codes and the last lines."""
+  codes = [process.wait() for process in processes]
+  return codes, [process.lines[-1] if process.lines else "" for process in processes]
+
+
+def test_processes_that_disagree_all_end_with_2_and_the_keys_that_differ(tmp_path):
+  run = Run(tmp_path, "differ", SMALL)
+  processes = hosts.together(run, 2, *ONE_DEVICE, own=(("steps=4",), ("steps=5", "adam_b1=0.8")))
+  codes = [process.wait() for process in processes]
+  assert codes == [2, 2]
+  for process in processes:
+    assert process.lines[-2:] == [
+      "steps: 4 on process 0, 5 on process 1; give all processes the same",
+      "adam_b1: 0.9 on process 0, 0.8 on process 1; give all processes the same",
+    ]
+
+
+def test_when_a_process_is_killed_the_other_names_it_and_ends_with_75(tmp_path):
+  run = Run(tmp_path, "killed", (*SMALL, "steps=1000000"))
+  processes = hosts.together(run, 2, *ONE_DEVICE, environments=(HASTE, HASTE))
+  line, seconds = hosts.lost(processes, signal.SIGKILL, 1)
+  assert line.endswith("has died or does not answer; start all again, and the run goes on")
+  assert seconds < 30
+
+
+@pytest.mark.slow
+def test_after_a_death_both_go_on_with_the_newest_checkpoint(tmp_path):
+  run = Run(tmp_path, "killed", (*SMALL, "steps=1000000", "checkpoint_period=2"))
+  hosts.lost(hosts.together(run, 2, *ONE_DEVICE), signal.SIGKILL, 1)
+  processes = hosts.together(run, 2, *ONE_DEVICE)
+  processes[0].reach(0)
+  assert processes[0].step() >= 4
+  processes[1].send(signal.SIGTERM)
+  codes, _ = ended(processes)
+  assert codes == [0, 0]
+  assert f"stopped by SIGTERM after {processes[0].step() + 1} of" in processes[0].output
+  assert processes[1].output == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_whichever_process_dies_or_stops_the_others_name_it(tmp_path, number, victim):
+  run = Run(tmp_path, "lost", (*SMALL, "steps=1000000"))
+  hosts.lost(hosts.together(run, 3, *ONE_DEVICE), number, victim)
+
+
+@pytest.mark.slow
+def test_a_configuration_that_one_process_cannot_load_ends_both_with_2(tmp_path):
+  run = Run(tmp_path, "typo", SMALL)
+  codes, (first, second) = ended(hosts.together(run, 2, *ONE_DEVICE, own=((), ("steps=0",))))
+  assert codes == [2, 2]
+  assert "steps: 0 is too small" in second
+  assert first.startswith("process 1 of 2") and second in first
+
+
+@pytest.mark.slow
+def test_documents_that_one_process_lacks_end_both_with_3(tmp_path):
+  homes = ({"HOME": str(tmp_path / "a")}, {"HOME": str(tmp_path / "b")})
+  (tmp_path / "a" / "texts").mkdir(parents=True)
+  (tmp_path / "a" / "texts" / "a.txt").write_text("Once upon a time. " * 500)
+  run = Run(tmp_path, "data", (*SMALL, "dataset_path=~/texts"))
+  codes, (first, second) = ended(hosts.together(run, 2, *ONE_DEVICE, environments=homes))
+  assert codes == [3, 3]
+  assert first.startswith("process 1 of 2") and second in first
+
+
+@pytest.mark.slow
+def test_documents_that_differ_end_both_with_2(tmp_path):
+  homes = ({"HOME": str(tmp_path / "a")}, {"HOME": str(tmp_path / "b")})
+  for name in ("a", "b"):
+    (tmp_path / name / "texts").mkdir(parents=True)
+    (tmp_path / name / "texts" / "a.txt").write_text(f"Once upon a time, {name}. " * 500)
+  run = Run(tmp_path, "data", (*SMALL, "dataset_path=~/texts"))
+  codes, lines = ended(hosts.together(run, 2, *ONE_DEVICE, environments=homes))
+  assert codes == [2, 2]
+  assert all(line.startswith("dataset_path: documents and tokens of sha256") for line in lines)
+
+
+@pytest.mark.slow
+def test_several_processes_have_the_losses_of_one_and_save_on_sigterm_to_any_of_them(tmp_path):
+  keys = (*hosts.KEYS, f"steps={hosts.STEPS}")
+  one, two, moved = (Run(tmp_path, name, keys) for name in ("one", "two", "moved"))
+  one.train("devices=8")
+  hosts.finish(two, 2)
+  hosts.same(one, two)
+  hosts.saved_by_sigterm(moved, 2, 1)
+  hosts.saved_by_sigterm(moved, 4, 0)
+  moved.train("devices=8")
+  hosts.same(one, moved)
+
+
+@pytest.mark.slow
+def test_a_state_is_bit_equal_after_it_was_saved_and_restored_by_any_number_of_processes(tmp_path):
+  keys = (*SMALL, "per_device_batch_size=1", "steps=3")
+  run = Run(tmp_path, "one", keys)
+  run.train("devices=8")
+  hashes = run.hashes()
+  for count in (2, 4):
+    full = f"load_full_state_path={run.folder}"
+    run = Run(tmp_path, f"by{count}", (*keys, full, "save_checkpoint_on_start=true"))
+    hosts.finish(run, count, "save_checkpoint_on_completion=false")
+    assert values(run.hashes()) == values(hashes)
+  alone = Run(tmp_path, "again", (*keys, f"load_full_state_path={run.folder}"))
+  alone.train("devices=8", "save_checkpoint_on_start=true")
+  assert alone.hashes() == hashes
+
+
+def values(hashes: str) -> list[tuple[str, str]]:
+  """Each array's path and sha256, without its sharding."""
+  rows = [line.split("\t") for line in hashes.splitlines()]
+  return [(row[0], row[-1]) for row in rows]
