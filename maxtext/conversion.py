@@ -18,7 +18,7 @@ from maxtext import program
 from maxtext.adoption import adopted
 from maxtext.checkpoints import hub, manifest
 from maxtext.checkpoints.arrays import Array, shape_text
-from maxtext.checkpoints.aside import aside
+from maxtext.checkpoints.aside import aside, check_free
 from maxtext.checkpoints.folder import locate, read_extra
 from maxtext.checkpoints.hub.family import INERT, Family
 from maxtext.checkpoints.hub.model import Fitted, open_model, write_config
@@ -61,7 +61,8 @@ def from_hf(source: str | Path, out: str | Path, words: Sequence[str] = ()) -> N
   `words` are key=value of its configuration. The host holds a tensor at a time. Raises UserError,
   and then leaves nothing behind.
   """
-  model, out = open_model(source), Path(out).expanduser().absolute()
+  check_free(out := Path(out).expanduser().absolute())
+  model = open_model(source)
   config = adopted(model.path, words, str(model.dtype), out)
   spec = config.decoder()
   declared = program.plan(config, spec).declared
@@ -98,8 +99,8 @@ def to_hf(
   at most `shard` bytes. The host holds a tensor at a time. Raises UserError, and then leaves
   nothing behind.
   """
+  check_free(out := Path(out).expanduser().absolute())
   step, held = locate(checkpoint)
-  out = Path(out).expanduser().absolute()
   extra = read_extra(step, held)
   if "config" not in extra:
     raise CheckpointError(f"{step} has no configuration beside its parameters; it is of no run")

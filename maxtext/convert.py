@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from types import FrameType, ModuleType
 from typing import NoReturn
 
 from maxtext import inspect
 from maxtext import log as logs
+from maxtext.checkpoints.aside import abandon
 from maxtext.errors import ConfigError, closest, run_cli
 
 USAGE = """\
@@ -31,7 +31,8 @@ Ends with 0: written; 2: configuration; 4: model or checkpoint."""
 
 def main(argv: list[str]) -> int:
   """Convert as the arguments say; returns the exit code of the process. Raises UserError."""
-  if not argv or argv[0] in ("-h", "--help"):
+  helped = {"-h", "--help"} & set(argv)
+  if not argv or (helped and argv[0] != "inspect"):
     print(USAGE)
     return 0 if argv else 2
   commands: dict[str, Callable[[list[str]], int]] = {
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> int:
 
 def cli() -> NoReturn:
   """Run as a program; asked to stop, it leaves nothing half written."""
-  signal.signal(signal.SIGTERM, _stop)
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, _stop)
   run_cli(main)
 
 
@@ -61,6 +63,8 @@ def _from_hf(argv: list[str]) -> int:
 def _to_hf(argv: list[str]) -> int:
   source, out, words = _split(argv, "RUN_OR_CHECKPOINT")
   options = dict(word.split("=", 1) for word in words)
+  if len(options) < len(words):
+    raise ConfigError("command line", f"{' '.join(words)}: give each option once")
   if unknown := sorted(options.keys() - {"dtype", "max_shard_size", "debug"}):
     known = ("dtype", "max_shard_size", "debug")
     near = closest(unknown[0], known)
@@ -69,8 +73,10 @@ def _to_hf(argv: list[str]) -> int:
   dtype = options.get("dtype")
   if dtype not in (None, "float32", "bfloat16", "float16"):
     raise ConfigError("dtype", f"{dtype!r} is none of float32, bfloat16, float16")
+  if (debug := options.get("debug", "false")) not in ("true", "false"):
+    raise ConfigError("debug", f"{debug!r} is not true or false")
   shard = _bytes(options.get("max_shard_size", "5GB"))
-  conversion = _conversion(options.get("debug") == "true")
+  conversion = _conversion(debug == "true")
   conversion.to_hf(source, out, dtype, shard)
   return 0
 
@@ -103,7 +109,9 @@ def _conversion(debug: bool) -> ModuleType:
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
-  sys.exit(128 + number)
+  """End here: an exception would be lost where a callback of jax's is what runs."""
+  abandon()
+  os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,7 @@ class Store:
 class NewStore:
   """New arrays in a step folder, as Orbax would have them, each in files of its own.
 
-  `chunks` are the shapes in which an array is written, by its path. Raises OSError or ValueError.
+  `chunks` are the shapes in which an array is written, by its path. Raises OSError.
   """
 
   def __init__(self, folder: Path, arrays: Iterable[Array], chunks: dict[str, tuple[int, ...]]):
@@ -62,7 +65,7 @@ class NewStore:
   ) -> None:
     """Write an array, or what stands at an index of its leading axes; it is on disk on return."""
     store = self._open[path]
-    (store if index is None else store[index]).write(values).result()
+    _done((store if index is None else store[index]).write(values))
 
 
 def _create(state: Path, array: Array, chunk: tuple[int, ...]) -> Any:
@@ -72,7 +75,18 @@ def _create(state: Path, array: Array, chunk: tuple[int, ...]) -> Any:
     "metadata": {"compressor": None, "chunks": list(chunk)},
   }
   kind = tensorstore.dtype(array.dtype)
-  return tensorstore.open(spec, create=True, dtype=kind, shape=array.shape).result()
+  return _done(tensorstore.open(spec, create=True, dtype=kind, shape=array.shape))
+
+
+def _done(future: Any) -> Any:
+  """What comes of it. Raises OSError, of the system's number where TensorStore passes it on."""
+  try:
+    return future.result()
+  except ValueError as error:
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(code[1]) if code else errno.EIO
+    why = os.strerror(number) if code else (str(error).splitlines() or [""])[0][:200]
+    raise OSError(number, why) from error
 
 
 def _tree(paths: Iterable[list[str]]) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +20,12 @@ from safetensors.torch import load_file
 
 from maxtext import config, conversion, convert
 from maxtext.checkpoints import hub, safetensors
+from maxtext.checkpoints.arrays import Array
 from maxtext.checkpoints.convert import load_hf
 from maxtext.checkpoints.hub.loading import load
 from maxtext.checkpoints.hub.model import open_model
 from maxtext.checkpoints.manager import Checkpoints
+from maxtext.checkpoints.stores import NewStore
 from maxtext.config.values import render
 from maxtext.errors import CheckpointError, ConfigError
 from maxtext.program import build
@@ -283,6 +287,45 @@ def test_what_fails_on_the_way_leaves_nothing_behind(model, tmp_path, monkeypatc
   assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
 
 
+def test_what_tensorstore_cannot_write_is_said_in_the_systems_words(tmp_path, monkeypatch):
+  """With a limit of a file's size in place of a full disk."""
+  store = NewStore(tmp_path, [Array("params/a", (4096,), "float32", "", "params.a")], {})
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+  try:
+    with pytest.raises(OSError, match="File too large"):
+      store.write("params/a", np.ones(4096, np.float32))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+STOPPED = """
+import os, sys, time
+from maxtext import conversion, convert
+
+number = int(sys.argv.pop())
+
+class Asked:
+  def __del__(self):  # where an exception would be lost
+    os.kill(os.getpid(), number)
+    time.sleep(60)
+
+conversion._carry = lambda *_: Asked() and None
+convert.cli()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_conversion_that_is_stopped_leaves_nothing_behind(model, tmp_path, number):
+  out = str(tmp_path / "out")
+  command = [sys.executable, "-c", STOPPED, "from_hf", str(model), out, str(int(number))]
+  run = subprocess.run(command, capture_output=True, text=True, timeout=50)
+  assert run.returncode == 128 + number and "Traceback" not in run.stderr
+  assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_folder_with_something_in_it_is_not_written_to(model, tmp_path):
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "mine").write_text("mine")
@@ -297,6 +340,8 @@ def test_the_command_line_says_what_it_is_not_given(model, tmp_path):
     (["from_hf", str(model)], "give HF_DIR and OUT"),
     (["to_hf", "a", "b", "dtype=int8"], "'int8' is none of float32"),
     (["to_hf", "a", "b", "max_shard_size=5"], "'5' is no size"),
+    (["to_hf", "a", "b", "debug=maybe"], "debug: 'maybe' is not true or false"),
+    (["to_hf", "a", "b", "dtype=float32", "dtype=float16"], "give each option once"),
     (["to_hf", "a", "b", "dtyp=float32"], "'dtyp' is no option, did you mean 'dtype'"),
   ):
     with pytest.raises(ConfigError, match=words):
