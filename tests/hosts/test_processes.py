@@ -59,7 +59,7 @@ def test_after_a_death_both_go_on_with_the_newest_checkpoint(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_whichever_process_dies_or_stops_the_others_name_it(tmp_path, number, victim):
   run = Run(tmp_path, "lost", (*SMALL, "steps=1000000"))
-  hosts.lost(hosts.together(run, 3, *ONE_DEVICE), number, victim)
+  hosts.lost(hosts.together(run, 3, *ONE_DEVICE, "ici_data_parallelism=3"), number, victim)
 
 
 @pytest.mark.slow
@@ -67,15 +67,16 @@ def test_a_configuration_that_one_process_cannot_load_ends_both_with_2(tmp_path)
   run = Run(tmp_path, "typo", SMALL)
   codes, (first, second) = ended(hosts.together(run, 2, *ONE_DEVICE, own=((), ("steps=0",))))
   assert codes == [2, 2]
-  assert "steps: 0 is too small" in second
+  assert "steps: 0 is out of range" in second
   assert first.startswith("process 1 of 2") and second in first
 
 
 @pytest.mark.slow
-def test_documents_that_one_process_lacks_end_both_with_3(tmp_path):
+def test_documents_that_one_process_cannot_read_end_both_with_3(tmp_path):
   homes = ({"HOME": str(tmp_path / "a")}, {"HOME": str(tmp_path / "b")})
-  (tmp_path / "a" / "texts").mkdir(parents=True)
-  (tmp_path / "a" / "texts" / "a.txt").write_text("Once upon a time. " * 500)
+  for name, text in (("a", b"Once upon a time. " * 500), ("b", b"Once \xff")):
+    (tmp_path / name / "texts").mkdir(parents=True)
+    (tmp_path / name / "texts" / "a.txt").write_bytes(text)
   run = Run(tmp_path, "data", (*SMALL, "dataset_path=~/texts"))
   codes, (first, second) = ended(hosts.together(run, 2, *ONE_DEVICE, environments=homes))
   assert codes == [3, 3]
