@@ -80,6 +80,7 @@ class Mesh:
   dcn_autoregressive_parallelism: Ways
   num_slices: Count
   allow_split_physical_axes: bool
+  shard_optimizer_over_data: bool
   sharding_tolerance: Fraction
   debug_sharding: bool
 

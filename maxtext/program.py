@@ -68,9 +68,20 @@ class Program:
     shapes = jax.eval_shape(self._fresh)
     whole = NamedSharding(self.layout.mesh, PartitionSpec())
     places = place_like(shapes, sharding.of(self.plan.declared, self.layout), whole)
+    if own := self._moments:
+      places = dataclasses.replace(places, opt_state=place_like(shapes.opt_state, own, whole))
     return jax.tree.map(
       lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
     )
+
+  @property
+  def _moments(self) -> dict[str, NamedSharding]:
+    """Where the optimizer keeps what it has of a parameter, if not where the parameter stands."""
+    if not self.config.mesh.shard_optimizer_over_data:
+      return {}
+    mesh, places = self.layout.mesh, sharding.of(self.plan.declared, self.layout)
+    spec = lambda name, p: sharding.split_further(places[name].spec, mesh.shape, p.shape, "data")
+    return {name: NamedSharding(mesh, spec(name, p)) for name, p in self.plan.declared.items()}
 
   @functools.cached_property
   def shardings(self) -> State:
@@ -99,7 +110,7 @@ class Program:
   def step(self) -> jax.stages.Wrapped:
     """(State, batch) -> (State, metrics); takes over the state's memory."""
     train = steps.make_step(
-      self._loss, self.optimizer, self.schedule, _step_rules(self.config, self.spec)
+      self._loss, self.optimizer, self.schedule, _step_rules(self.config, self.spec, self._moments)
     )
 
     def placed(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
@@ -271,7 +282,7 @@ def _compute(config: Config) -> Compute:
   )
 
 
-def _step_rules(config: Config, spec: DecoderSpec) -> steps.Rules:
+def _step_rules(config: Config, spec: DecoderSpec, places: dict[str, NamedSharding]) -> steps.Rules:
   training = config.training
   return steps.Rules(
     accumulate=training.gradient_accumulation_steps,
@@ -283,4 +294,5 @@ def _step_rules(config: Config, spec: DecoderSpec) -> steps.Rules:
     seed=config.run.init_weights_seed,
     mixtures=spec.mixtures,
     bias_rate=training.routed_bias_update_rate,
+    places=places,
   )

@@ -245,6 +245,21 @@ def table(params: Mapping[str, Declared], layout: Layout, tolerance: float) -> s
   return "\n".join(lines)
 
 
+def split_further(
+  spec: PartitionSpec, sizes: Mapping[str, int], shape: Sequence[int], axis: str
+) -> PartitionSpec:
+  """The same with the first dimension that divides split over mesh axis `axis` besides, if that
+  splits none yet.
+  """
+  split, ways = list(map(names_of, spec)), sizes.get(axis, 1)
+  if ways > 1 and not any(axis in names for names in split):
+    for i, (names, size) in enumerate(zip(split, shape)):
+      if size % (ways * math.prod(sizes[m] for m in names)) == 0:
+        split[i] = (*names, axis)
+        break
+  return PartitionSpec(*map(entry_of, split))
+
+
 def names_of(entry: Entry) -> tuple[str, ...]:
   """The mesh axes of one dimension."""
   return (entry,) if isinstance(entry, str) else entry or ()

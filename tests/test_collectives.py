@@ -22,9 +22,9 @@ MESH = (f"ici_fsdp_parallelism={FSDP}", f"ici_tensor_parallelism={TENSOR}")
 
 
 @functools.cache
-def compiled(*keys):
-  built = program.build(config.load([*KEYS, *MESH, *keys], {}), jax.devices()[:8])
-  return built, built.step.lower(built.state, built.batch(ROWS)).compile().as_text()
+def compiled(*keys, mesh=MESH, rows=ROWS):
+  built = program.build(config.load([*KEYS, *mesh, *keys], {}), jax.devices()[:8])
+  return built, built.step.lower(built.state, built.batch(rows)).compile().as_text()
 
 
 def collectives(text, kind):
@@ -79,3 +79,14 @@ def test_a_table_is_not_gathered_for_a_lookup():
   whole = contracted(built)["unembedding"] // TENSOR
   gathered = [size for size, _ in collectives(text, "all-gather")]
   assert sum(size >= whole for size in gathered) == 1
+
+
+def test_an_optimizer_split_over_copies_keeps_a_share_and_sends_each_parameter_once():
+  copies = ("ici_fsdp_parallelism=1", "ici_data_parallelism=8")
+  built, text = compiled("shard_optimizer_over_data=true", mesh=copies, rows=8)
+  here = lambda tree: sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree) if leaf.ndim
+  )
+  params = here(built.state.params)
+  assert here(built.state.opt_state) == 2 * params / 8  # two means of each
+  assert sum(size for size, _ in collectives(text, "all-gather")) == params

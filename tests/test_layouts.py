@@ -44,6 +44,7 @@ def ways(**sizes):
 
 RING, ULYSSES = "context_parallel_strategy=ring", "context_parallel_strategy=ulysses"
 PLAIN = "context_parallel_load_balance=false"
+ZERO = "shard_optimizer_over_data=true"
 LAYOUTS = {
   "context 8": ways(context=8),
   "context 8, unbalanced": (*ways(context=8), PLAIN),
@@ -64,6 +65,8 @@ LAYOUTS = {
   "2d_fsdp": ("custom_mesh_and_rule=2d_fsdp", *ways(fsdp=4, fsdp_transpose=2)),
   "context": ("custom_mesh_and_rule=context", *ways(fsdp=2, context=2, tensor=2)),
   "megatron_sp": ("custom_mesh_and_rule=megatron_sp", *ways(data=2, fsdp=2, tensor=2)),
+  "data 4 tensor 2, zero": (*ways(data=4, tensor=2), ZERO),
+  "data 2 fsdp 4, zero": (*ways(data=2, fsdp=4), ZERO),
   "tensor_sequence 2 fsdp 4": ways(tensor_sequence=2, fsdp=4),
   "data 2 fsdp 2 tensor_sequence 2": ways(data=2, fsdp=2, tensor_sequence=2),
 }
@@ -111,6 +114,7 @@ FAST = {
   "context 2 tensor 2 fsdp 2, ulysses": "window",
   "context 2 tensor_transpose 2 fsdp 2": "learned",
   "megatron_sp": "gqa",
+  "data 4 tensor 2, zero": "gqa",
   "2d_fsdp": "gqa",
   "data 2 fsdp 2 context 2": "moe",
 }

@@ -50,6 +50,8 @@ CASES = {
   "ring, accumulated": "ici_fsdp_parallelism=4 ici_context_parallelism=2 "
   "context_parallel_strategy=ring gradient_accumulation_steps=2",
   "copies": f"{WIDE} ici_data_parallelism=8 ici_fsdp_parallelism=1 base_num_decoder_layers=2",
+  "copies, optimizer split": f"{WIDE} ici_data_parallelism=8 ici_fsdp_parallelism=1 "
+  "base_num_decoder_layers=2 shard_optimizer_over_data=true",
   "wide, accumulated": f"{WIDE} {F32} gradient_accumulation_steps=2",
   "vocabulary": "vocab_size=24576 base_num_decoder_layers=2",
   "vocabulary in tiles": f"vocab_size=24576 base_num_decoder_layers=2 num_vocab_tiling=4 {TENSOR}",

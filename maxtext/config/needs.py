@@ -258,6 +258,15 @@ NEEDS = (
     ),
   ),
   Need(
+    ("shard_optimizer_over_data",),
+    "a parallelism over data",
+    "ici_data_parallelism",
+    lambda c: (
+      c.mesh.ici_data_parallelism != 1
+      or (c.mesh.num_slices > 1 and c.mesh.dcn_data_parallelism != 1)
+    ),
+  ),
+  Need(
     ("sa_block_q_dq", "sa_block_kv_dq"),
     "sa_use_fused_bwd_kernel=false",
     "sa_use_fused_bwd_kernel",

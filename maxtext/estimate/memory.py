@@ -18,7 +18,7 @@ import optax
 from maxtext.config import Config
 from maxtext.kernels import LONG
 from maxtext.layers.stacking import SAVED
-from maxtext.sharding import Declared
+from maxtext.sharding import Declared, Rules, names_of, split_further
 from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, DeltaSpec, MlpSpec, Stage
 
 F32 = 4  # bytes
@@ -45,6 +45,13 @@ class Parts:
   def here(self, p: Declared) -> int:
     """Elements of a parameter on a device."""
     return math.prod(p.shape) // self.ways(*p.axes)
+
+  def moments(self, p: Declared, over_data: bool) -> int:
+    """Elements of what an optimizer keeps of a parameter on a device."""
+    spec = Rules(self.rules).spec(p.axes, self.sizes, p.shape)
+    spec = split_further(spec, self.sizes, p.shape, "data") if over_data else spec
+    ways = (self.sizes[m] for entry in spec for m in names_of(entry))
+    return math.prod(p.shape) // math.prod(ways)
 
   def joined(self, p: Declared) -> int:
     """Elements of a parameter, or of one layer of it, as a device uses it; experts stay split."""
@@ -151,13 +158,16 @@ class Model:
   def bytes(self, parts: Parts, rows: int, tiles: int) -> Bytes:
     """Of a step with micro-batches of `rows` rows, and the loss in so many tiles."""
     here = {name: parts.here(p) for name, p in self.params.items()}
+    zero = self.config.mesh.shard_optimizer_over_data
+    share = {name: parts.moments(p, zero) for name, p in self.params.items()}
     grads, passes = 0, self.config.training.gradient_accumulation_steps
     sums = F32 if self.config.precision.grad_dtype == "float32" else 2
     for name, p in self.params.items():
       size = p.dtype.itemsize
       if passes > 1:  # the sum of all passes; and a CPU widens parameters once for all of them
         size += sums + (F32 if self.cpu and p.dtype.itemsize < F32 else 0)
-      grads += here[name] * (max(size, sums) if passes == 1 else size)
+      grads += share[name] * (max(size, sums) if passes == 1 else size)
+    grads += (here["embedding"] - share["embedding"]) * sums  # whole before it is split
     local = _Local.of(self, parts, rows)
     kept = sum(
       stage.repeat // parts.ways("layers") * local.kept(block, self.policy(stage))
@@ -171,7 +181,7 @@ class Model:
     point = max(points, key=lambda name: points[name])
     return Bytes(
       sum(here[name] * p.dtype.itemsize for name, p in self.params.items()),
-      sum(here[name] * size for name, size in self.kept.items()),
+      sum(share[name] * size for name, size in self.kept.items()),
       grads,
       kept,
       points[point],

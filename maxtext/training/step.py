@@ -25,7 +25,8 @@ class Rules:
   `clip` where their norm is larger (0: never); a loss or gradient that is NaN or infinite leaves
   the state untouched where the flag of its kind is set; dropout is drawn from `seed` and the step.
   `mixtures` are the numbers of the layers that have experts, by the path of their block; of those
-  that have a choice bias it goes by `bias_rate` towards equal loads, and never by a gradient.
+  that have a choice bias it goes by `bias_rate` towards equal loads, and never by a gradient. The
+  optimizer works on every parameter in its one of the `places`, if it has any.
   """
 
   accumulate: int = 1
@@ -37,6 +38,7 @@ class Rules:
   seed: int = 0
   mixtures: Mapping[str, range] = dataclasses.field(default_factory=dict)
   bias_rate: float = 0.0
+  places: Mapping[str, jax.sharding.Sharding] = dataclasses.field(default_factory=dict)
 
 
 def make_step(
@@ -62,7 +64,7 @@ def make_step(
 
     # a choice for every array instead would keep old and new ones of all of them
     def descend(state: State, grads: Params) -> State:
-      new = _descend(optimizer, scale, state, grads)
+      new = _descend(optimizer, scale, rules.places, state, grads)
       biases = _biases(rules, state.params, loads)
       return dataclasses.replace(new, params={**new.params, **biases})
 
@@ -82,9 +84,19 @@ def make_step(
 
 
 def _descend(
-  optimizer: optax.GradientTransformation, scale: jax.Array, state: State, grads: Params
+  optimizer: optax.GradientTransformation,
+  scale: jax.Array,
+  places: Mapping[str, jax.sharding.Sharding],
+  state: State,
+  grads: Params,
 ) -> State:
   """The next state, from gradients that are still to be multiplied by `scale`."""
+  if places:
+    grads, params = (
+      jax.lax.with_sharding_constraint(tree, {name: places[name] for name in tree})
+      for tree in (grads, state.params)
+    )
+    state = dataclasses.replace(state, params=params)
   grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
