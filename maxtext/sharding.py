@@ -209,42 +209,6 @@ def of(params: Mapping[str, Declared], layout: Layout) -> dict[str, NamedShardin
   return {name: layout.sharding(p.axes, p.shape, name) for name, p in params.items()}
 
 
-def table(params: Mapping[str, Declared], layout: Layout, tolerance: float) -> str:
-  """The layout of all parameters for people, with what deserves a warning at its end.
-
-  Warned of are parameters that stand whole on every device though they are more than `tolerance` of
-  all bytes, and mesh axes above size 1 that split nothing.
-  """
-  rows, used, total, whole = [], set(layout.token_axes), 0, []
-  for name, p in params.items():
-    spec = layout.rules.spec(p.axes, layout.mesh.shape, p.shape, name)
-    split = [m for entry in spec for m in names_of(entry)]
-    bytes_all = math.prod(p.shape) * p.dtype.itemsize
-    bytes_here = bytes_all // math.prod(layout.mesh.shape[m] for m in split)
-    rows.append(
-      (name, str(list(p.shape)), " ".join(map(str, p.axes)), _spell(spec), f"{bytes_here:,}")
-    )
-    used.update(split)
-    total += bytes_all
-    if not split:
-      whole.append((name, bytes_all))
-  head = ("parameter", "shape", "logical axes", "split over", "bytes per device")
-  widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-  line = lambda row: "  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip()
-  lines = [line(head), *map(line, rows)]
-  if layout.mesh.size > 1:
-    lines += [
-      f"warning: {name} stands whole on every device, {size / total:.1%} of all parameters"
-      for name, size in whole
-      if size > tolerance * total
-    ]
-    unused = [m for m, n in layout.mesh.shape.items() if n > 1 and m not in used]
-    lines += [
-      f"warning: mesh axis {m!r} of size {layout.mesh.shape[m]} splits nothing" for m in unused
-    ]
-  return "\n".join(lines)
-
-
 def split_further(
   spec: PartitionSpec, sizes: Mapping[str, int], shape: Sequence[int], axis: str
 ) -> PartitionSpec:
@@ -268,7 +232,3 @@ def names_of(entry: Entry) -> tuple[str, ...]:
 def entry_of(names: tuple[str, ...]) -> Entry:
   """The same as a PartitionSpec spells them."""
   return None if not names else names[0] if len(names) == 1 else names
-
-
-def _spell(spec: PartitionSpec) -> str:
-  return " ".join("+".join(names_of(entry)) or "-" for entry in spec)

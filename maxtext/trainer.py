@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from maxtext import estimate, hardware, hosts, program, resume, sharding
+from maxtext import estimate, hardware, hlo, hosts, placement, program, resume
 from maxtext import log as logs
 from maxtext.checkpoints import hub
 from maxtext.checkpoints.hub.loading import load
@@ -67,7 +67,10 @@ def _train(config: Config, started: float) -> int:
   with _folder(config) as folder:
     built = program.build(config, devices, tokens)
     if config.mesh.debug_sharding:
-      log.info(sharding.table(built.plan.declared, built.layout, config.mesh.sharding_tolerance))
+      log.info(placement.table(built.plan.declared, built.layout))
+    tolerance = config.mesh.sharding_tolerance
+    for line in placement.warnings(built.plan.declared, built.layout, tolerance):
+      log.warning(line)
     _check_memory(built)
     run = Run(config, folder, built, started)
     # a save under way is finished, come what may
@@ -377,6 +380,8 @@ class Run:
     mesh = self.program.layout.mesh
     costs = dataclasses.replace(costs, step=estimate.of_step(self.program))
     log.info(str(self.corpus))
+    if self.config.mesh.debug_sharding:
+      log.info(hlo.table(hlo.collectives(step.as_text(), mesh.shape)))
     if (tiles := self.program.objective.tiles) > 1:
       log.info(f"loss: the logits of {self.length} tokens in {tiles} parts, one after the other")
     for line in costs.lines(

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (  # a module imports from levels above its own in this list, and from its own package
   ("errors", "log", "bounds"),
   ("hosts",),
-  ("specs", "masks", "mesh"),
+  ("specs", "masks", "mesh", "hlo"),
   ("sharding",),
-  ("collectives",),
+  ("collectives", "placement"),
   ("kernels",),
   ("caches",),
   ("layers",),

@@ -1,0 +1,198 @@
+"""What a compiled program sends between devices, read from its text: each collective with how often
+it runs, over which axes of the mesh, and how many bytes of it a device has.
+
+Counted is what runs: from the entry down, loops by their trip counts, of branches the one that
+sends most. Names alone mislead: a reduce-scatter may stand in a fusion of its own, and asynchronous
+operations hold their computation besides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+KINDS = (
+  "all-gather",
+  "reduce-scatter",
+  "all-reduce",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+)
+_BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """`times` a step over these mesh `axes`; its result has `size` bytes on a device, in arrays of
+  these `shapes`; `name` is the operation of the program that it comes from.
+  """
+
+  kind: str
+  axes: tuple[str, ...]
+  times: int
+  size: int
+  shapes: tuple[tuple[int, ...], ...]
+  name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+  """An instruction: what it makes, its operation, and what follows."""
+
+  made: str
+  op: str
+  rest: str
+
+
+def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
+  """All that the compiled program `text` sends, on a mesh of these sizes by axis."""
+  entry, computations = _computations(text)
+  return list(_sent(entry, computations, dict(mesh)))
+
+
+def totals(sent: list[Collective]) -> list[tuple[str, tuple[str, ...], int, int]]:
+  """(kind, mesh axes, times a step, bytes of the results on a device), the most bytes first."""
+  times: Counter[tuple[str, tuple[str, ...]]] = Counter()
+  sizes: Counter[tuple[str, tuple[str, ...]]] = Counter()
+  for one in sent:
+    times[one.kind, one.axes] += one.times
+    sizes[one.kind, one.axes] += one.times * one.size
+  return [(*key, times[key], size) for key, size in sizes.most_common()]
+
+
+def table(sent: list[Collective]) -> str:
+  """The totals for people."""
+  rows = [("collective", "over", "times a step", "MiB on a device")]
+  for kind, axes, times, size in totals(sent):
+    rows.append((kind, " ".join(axes) or "-", f"{times:,}", f"{size / 2**20:.3f}"))
+  if len(rows) == 1:
+    return "collectives: none"
+  widths = [max(len(row[i]) for row in rows) for i in range(4)]
+  return "\n".join(
+    "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+    for row in rows
+  )
+
+
+def _computations(text: str) -> tuple[str, dict[str, list[_Line]]]:
+  """The entry's name, and the instructions of every computation."""
+  entry, name, found = "", "", {}
+  for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+    if begun := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+      name = begun[2]
+      entry, found[name] = name if begun[1] else entry, []
+    elif made := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)", line):
+      found[name].append(_Line(*made.groups()))
+  return entry, found
+
+
+def _sent(
+  name: str, computations: Mapping[str, list[_Line]], mesh: dict[str, int]
+) -> Iterator[Collective]:
+  for line in computations.get(name, ()):
+    kind = line.op.removesuffix("-start")
+    if kind in KINDS and not line.op.endswith("-done"):
+      if kind == "all-reduce" and "all-reduce-scatter" in name:  # as TPUs have it, in a fusion
+        kind, line = "reduce-scatter", dataclasses.replace(line, made=computations[name][-1].made)
+      if (one := _collective(kind, line, mesh)).axes:  # else each device is by itself
+        yield one
+      continue
+    if line.op == "while":
+      body = re.search(r"body=%?([\w.\-]+)", line.rest)
+      trips = re.search(r'known_trip_count\D*"(\d+)"', line.rest)
+      inner = _sent(body[1], computations, mesh) if body else ()
+      for one in inner:
+        yield dataclasses.replace(one, times=one.times * (int(trips[1]) if trips else 1))
+    elif line.op == "conditional":
+      branches = [list(_sent(b, computations, mesh)) for b in _branches(line.rest)]
+      yield from max(branches, key=lambda sent: sum(one.times * one.size for one in sent))
+    elif called := re.search(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)", line.rest):
+      if line.op in ("fusion", "call", "async-start", "custom-call"):
+        yield from _sent(called[1], computations, mesh)
+
+
+def _branches(rest: str) -> list[str]:
+  if several := re.search(r"branch_computations=\{([^}]*)\}", rest):
+    return [name.strip().lstrip("%") for name in several[1].split(",")]
+  return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", rest)
+
+
+def _collective(kind: str, line: _Line, mesh: dict[str, int]) -> Collective:
+  arrays = re.findall(r"([a-z]\w*)\[([\d,]*)\]", line.made)
+  if line.op.endswith("-start") and len(arrays) > 1:  # (operands, results, ...)
+    arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
+  shapes = [tuple(int(n) for n in dims.split(",") if n) for _, dims in arrays]
+  sizes = [math.prod(shape) * _bits(kind) // 8 for (kind, _), shape in zip(arrays, shapes)]
+  name = re.search(r'op_name="([^"]*)"', line.rest)
+  axes = _axes(line.rest, tuple(mesh.items()))
+  return Collective(kind, axes, 1, sum(sizes), tuple(shapes), name[1] if name else "")
+
+
+def _bits(dtype: str) -> int:
+  digits = re.search(r"\d+$", dtype)
+  return _BITS.get(dtype) or (int(digits[0]) if digits else 8)
+
+
+@functools.cache
+def _axes(rest: str, mesh: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+  """The mesh axes along which devices that send each other something differ."""
+  sizes = tuple(size for _, size in mesh)
+  where = np.stack(np.unravel_index(np.arange(math.prod(sizes)), sizes), -1)  # of a device, by axis
+  differ = np.zeros(len(sizes), bool)
+  for group in _groups(rest, len(where)):
+    differ |= (where[group] != where[group[:1]]).any(0)
+  return tuple(name for (name, _), one in zip(mesh, differ) if one)
+
+
+def _groups(rest: str, devices: int) -> list[list[int]]:
+  """Devices that take part in one collective together, by number."""
+  if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", rest):
+    return [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
+  if listed := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
+    return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+  if tiled := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+)", rest):
+    return _tiled(tiled[2]).reshape([int(n) for n in tiled[1].split(",")]).tolist()
+  if named := re.search(
+    r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\))\))? ?\{(.*?)\}", rest
+  ):
+    return _named(*named.groups())
+  return [list(range(devices))]
+
+
+def _tiled(text: str) -> np.ndarray:
+  """The numbers in the order that `[4,2]T(1,0)` gives them."""
+  dims, order = (
+    [int(n) for n in found[1].split(",")] if (found := re.search(pattern, text)) else None
+    for pattern in (r"\[([\d,]+)\]", r"T\(([\d,]+)\)")
+  )
+  assert dims is not None
+  return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(math.prod(dims))
+
+
+def _named(mesh: str, devices: str | None, along: str) -> list[list[int]]:
+  """Groups along axes, or the parts (before)size of axes, of a mesh such as 'a'=2,'b'=4 of devices
+  in an order such as `[4,2]T(1,0)`.
+  """
+  sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+  dims: list[int] = []
+  taken: list[int] = []
+  parts = {n: (b, s) for n, b, s in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)}
+  for name, size in sizes.items():
+    before, own = (int(n or 0) for n in parts.get(name, (0, 0)))
+    cut = [before, own, size // (before * own)] if own else [size]
+    if name in parts:
+      taken.append(len(dims) + (1 if own else 0))
+    dims += cut
+  kept = [i for i in range(len(dims)) if i not in taken]
+  count = math.prod(dims[i] for i in taken)
+  order = np.arange(math.prod(dims)) if devices is None else _tiled(devices)
+  grid = order.reshape(dims).transpose([*kept, *taken])
+  return grid.reshape(grid.size // count, count).tolist()
