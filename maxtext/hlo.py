@@ -84,7 +84,8 @@ def table(sent: list[Collective]) -> str:
 
 def _computations(text: str) -> tuple[str, dict[str, list[_Line]]]:
   """The entry's name, and the instructions of every computation."""
-  entry, name, found = "", "", {}
+  entry, name = "", ""
+  found: dict[str, list[_Line]] = {}
   for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
     if begun := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
       name = begun[2]
@@ -161,7 +162,7 @@ def _groups(rest: str, devices: int) -> list[list[int]]:
   if tiled := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+)", rest):
     return _tiled(tiled[2]).reshape([int(n) for n in tiled[1].split(",")]).tolist()
   if named := re.search(
-    r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\))\))? ?\{(.*?)\}", rest
+    r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? ?\{(.*?)\}", rest
   ):
     return _named(*named.groups())
   return [list(range(devices))]

@@ -347,7 +347,8 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   %c = f32[4]{0} conditional(%q, %p, %p), branch_computations={%small, %large}
   %started = ((f32[4]), f32[32], s32[]) async-start(%p), calls=%clone
   %done = f32[32]{0} async-done(%started)
-  %b = (f32[2], f32[4]) all-gather-start(%p), replica_groups=mesh['a'=2,'b'=4], device_ids=([8]) {'a'}
+  %b = (f32[2], f32[4]) all-gather-start(%p), replica_groups=mesh['a'=2,'b'=4],\
+ device_ids=([4,2]T(1,0)) {'a'}
   %ended = f32[4]{0} all-gather-done(%b)
   %alone = f32[4]{0} all-reduce(%p), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
   ROOT %o = f32[4]{0} add(%ended, %c)
@@ -362,5 +363,5 @@ def test_what_runs_is_counted_with_the_trips_of_its_loops_and_over_the_axes_it_r
     ("reduce-scatter", ("fsdp",), 5, 2 * 4 * 4),
     ("all-gather", ("tensor",), 1, 16 * 4),
     ("all-gather", ("fsdp", "tensor"), 1, 32 * 4),
-    ("all-gather", ("fsdp",), 1, 4 * 4),
+    ("all-gather", ("tensor",), 1, 4 * 4),
   ]
