@@ -37,6 +37,16 @@ def together(
   """The run in `count` processes, which find each other by JAX's variables; `own` are further keys
   of each, and `environments` its further variables.
   """
+  started = []
+  for number, place in enumerate(places(count)):
+    environment = place | (environments[number] if environments else {})
+    further = own[number] if own else ()
+    started.append(run.start(*keys, *further, environment=environment))
+  return started
+
+
+def places(count: int) -> list[dict[str, str]]:
+  """The variables that make processes the parts of one."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
@@ -45,13 +55,7 @@ def together(
     "JAX_NUM_PROCESSES": str(count),
     "JAX_ENABLE_COMPILATION_CACHE": "false",
   }
-  started = []
-  for number in range(count):
-    environment = common | {"JAX_PROCESS_ID": str(number)}
-    environment |= environments[number] if environments else {}
-    further = own[number] if own else ()
-    started.append(run.start(*keys, *further, environment=environment))
-  return started
+  return [common | {"JAX_PROCESS_ID": str(number)} for number in range(count)]
 
 
 def devices(count: int) -> str:

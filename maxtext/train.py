@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from typing import NoReturn
 
 from maxtext import config, hardware, hosts, signals
@@ -46,7 +47,10 @@ def _load(argv: list[str]) -> tuple[config.Config, hosts.Place | None]:
   except ConfigError as error:
     section = section or config.load([], {}).hosts
     with contextlib.suppress(ConfigError):  # it is among the complaints
-      hosts.tell(hosts.find(os.environ, section), section, error)
+      if place := hosts.find(os.environ, section):
+        print(error, file=sys.stderr, flush=True)  # before it waits for the others
+        hosts.tell(place, section, error)
+        raise SystemExit(error.exit_code) from None
     raise
   return loaded, place
 

@@ -44,6 +44,8 @@ from maxtext.training.progress import Progress
 from maxtext.training.state import Params, State, from_tree, tree
 from maxtext.training.step import Batch
 
+LATE = 10.0  # seconds until what one host has written is there for another
+
 
 def train(config: Config, place: hosts.Place | None = None) -> int:
   """Train the run to its end, or until it is asked to stop, in this process alone or at its place
@@ -128,10 +130,20 @@ def _folder(config: Config) -> Iterator[Path]:
         raise ConfigError("run_name", problem) from None
 
     hosts.first(take)  # processes that train together have one folder
-    if not (folder / ".lock").exists():
+    if not _appears(folder / ".lock"):
       problem = f"{folder} is not there, where process 0 has made it; name one that all hosts share"
       raise ConfigError("base_output_directory", problem)
     yield folder
+
+
+def _appears(path: Path) -> bool:
+  """Whether a file that another process has made is here; a shared file system may be late."""
+  end = time.monotonic() + LATE
+  while not path.exists():
+    if time.monotonic() > end:
+      return False
+    time.sleep(0.5)
+  return True
 
 
 class Run:

@@ -116,13 +116,16 @@ class Group:
   def _join(self, seconds: int) -> Service:
     """Start JAX's client, and in process 0 its service. Raises ConfigError or Restart."""
     place, address = self.place, f"127.0.0.1:{self.place.port}"
-    late = f"the {place.count} processes that {place.source} speaks of did not all come within "
-    late += f"{seconds} s (jax_distributed_initialization_timeout); start all again"
-    error = self._error or Restart(late)
+    late: UserError = Restart(
+      f"the {place.count} processes that {place.source} speaks of did not all come within "
+      f"{seconds} s (jax_distributed_initialization_timeout); start all again"
+    )
+    if self._error is not None:
+      late = Elsewhere(f"nobody came within {seconds} s to hear of it", self._error.exit_code)
     if place.id:
       relay = Relay(place.coordinator, self.watch.lost_coordinator)
       if not relay.start(seconds):
-        raise self._error or Restart(f"process 0 did not answer at {place.coordinator}: {late}")
+        raise late
       address = relay.address
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # as hardware.prepare, if it came so far
     import jax
@@ -131,7 +134,7 @@ class Group:
     # without it, the first death aborts all others
     jax.config.update("jax_enable_recoverability", True)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
-    timer = threading.Timer(seconds, self.watch.end, [str(error), error.exit_code])
+    timer = threading.Timer(seconds, self.watch.end, [str(late), late.exit_code])
     timer.daemon = True
     timer.start()
     try:
@@ -146,7 +149,8 @@ class Group:
       )
     except RuntimeError as error:
       what = str(error).splitlines()[0][:120]
-      problem = f"process 0 cannot listen at port {place.port} ({what}); name a free one"
+      problem = f"process 0 cannot listen at port {place.port} ({what}); name a free one, there or "
+      problem += "by JAX_COORDINATOR_PORT"
       raise ConfigError("jax_distributed_coordinator_address", problem) from None
     finally:
       timer.cancel()
@@ -188,10 +192,9 @@ def joined(place: Place | None, hosts: Hosts) -> Iterator[None]:
     _group = None
 
 
-def tell(place: Place | None, hosts: Hosts, error: UserError) -> None:
+def tell(place: Place, hosts: Hosts, error: UserError) -> None:
   """Tell the others of an error that keeps this process from joining them, and that ends them."""
-  if place is not None:
-    Group(place, hosts, error).fail(error)
+  Group(place, hosts, error).fail(error)
 
 
 def say_end(line: str, code: int) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import pytest
 
 from end_to_end import hosts
-from end_to_end.runs import Run
+from end_to_end.runs import Run, module
 
 SMALL = ("base_num_decoder_layers=1", "base_mlp_dim=32", "eval_interval=-1", "max_target_length=16")
 HASTE = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
@@ -128,3 +129,36 @@ def values(hashes: str) -> list[tuple[str, str]]:
   """Each array's path and sha256, without its sharding."""
   rows = [line.split("\t") for line in hashes.splitlines()]
   return [(row[0], row[-1]) for row in rows]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_text_of_one_and_the_first_alone_prints_it(tmp_path):
+  run = Run(tmp_path, "writes", (*SMALL, "steps=10"))
+  run.train("devices=1")
+  keys = ("prompt=Once", "decode_length=40", "decode_sampling_strategy=weighted", "devices=2")
+  alone = module("decode", run.folder, *keys).ends(0)
+  placed = hosts.places(2)
+  both = [module("decode", run.folder, *keys, environment=place) for place in placed]
+  first, second = (process.ends(0) for process in both)
+  text = lambda output: output.partition("Once")[2].rpartition("\n40 tokens in")[0]
+  assert text(first) == text(alone) != ""
+  assert second == ""
+
+
+@pytest.mark.slow
+def test_a_folder_that_one_process_does_not_see_ends_both_with_2(tmp_path):
+  homes = ({"HOME": str(tmp_path / "a")}, {"HOME": str(tmp_path / "b")})
+  run = Run(Path("~/runs"), "unshared", SMALL)
+  codes, (first, second) = ended(hosts.together(run, 2, *ONE_DEVICE, environments=homes))
+  assert codes == [2, 2]
+  assert "is not there, where process 0 has made it; name one that all hosts share" in second
+  assert first.startswith("process 1 of 2") and second in first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_whose_others_do_not_come_ends_with_75(tmp_path, number):
+  place = hosts.places(2)[number]
+  timeout = "jax_distributed_initialization_timeout=3"
+  process = Run(tmp_path, "alone", SMALL).start(*ONE_DEVICE, timeout, environment=place)
+  assert "did not all come within 3 s" in process.ends(75)
