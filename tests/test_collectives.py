@@ -23,7 +23,9 @@ MESH = (f"ici_fsdp_parallelism={FSDP}", f"ici_tensor_parallelism={TENSOR}")
 
 @functools.cache
 def compiled(*keys, mesh=MESH, rows=ROWS):
-  built = program.build(config.load([*KEYS, *mesh, *keys], {}), jax.devices()[:8])
+  own = {key.split("=")[0] for key in keys}
+  common = [key for key in KEYS if key.split("=")[0] not in own]
+  built = program.build(config.load([*common, *mesh, *keys], {}), jax.devices()[:8])
   return built, built.step.lower(built.state, built.batch(rows)).compile().as_text()
 
 
@@ -90,3 +92,22 @@ def test_an_optimizer_split_over_copies_keeps_a_share_and_sends_each_parameter_o
   params = here(built.state.params)
   assert here(built.state.opt_state) == 2 * params / 8  # two means of each
   assert sum(size for size, _ in collectives(text, "all-gather")) == params
+
+
+@pytest.mark.parametrize(
+  ("keys", "block"),
+  [((), 1 * 4 * 2 * 32), (("sparse_matmul=false", "capacity_factor=1.0"), 1 * 2 * 1 * 32)],
+  ids=["dropless", "limited"],
+)
+def test_weights_of_experts_stay_where_they_are_and_tokens_go_to_them(keys, block):
+  """Along the axis of experts there travel, for every device, a block of rows: there and back, and
+  on the way back rows and their gradients there, and gradients back. Each weight of experts is
+  joined twice over fsdp, and its gradient added up once.
+  """
+  moe = ("decoder_block=mixtral", "num_experts=8", "base_mlp_dim=24", "opt_type=sgd", *keys)
+  built, text = compiled(*moe, mesh=("ici_fsdp_parallelism=2", "ici_expert_parallelism=4"), rows=8)
+  found = lambda kind, size: sum(s == size for s, _ in collectives(text, kind))
+  assert found("all-to-all", block) == 5 * 4
+  kernel = 2 * 32 * 24  # of a device's two experts
+  assert found("all-gather", kernel) == 3 * 2 and found("reduce-scatter", kernel // 2) == 3
+  assert max(size for size, _ in collectives(text, "all-reduce")) <= 32  # scales of norms

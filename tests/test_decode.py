@@ -152,6 +152,17 @@ def test_a_mesh_that_is_typed_is_used(run, said):
   assert "on 8 cpu devices (fsdp 4, tensor 2)" in err and out == said(run, *NOW)[0]
 
 
+@pytest.mark.slow
+def test_experts_that_are_split_write_the_same(say, tmp_path):
+  run = write(tmp_path / "experts", ["decoder_block=mixtral", "num_experts=4"])
+  keys, one = ("prompt=Now", "decode_length=8"), ("ici_data_parallelism=1",)
+  plain = say(run, *keys)[0]
+  expert = (*one, "ici_fsdp_parallelism=1", "ici_tensor_parallelism=2", "ici_expert_parallelism=4")
+  assert say(run, *keys, *expert)[0] == plain
+  assert say(run, *keys, *expert, "custom_mesh_and_rule=decode")[0] == plain
+  assert say(run, *keys, *expert, "custom_mesh_and_rule=expert_as_context")[0] == plain
+
+
 def test_a_longer_text_than_in_training_is_remarked_on(run, said):
   assert "the model has seen" not in said(run, *NOW)[1]
   _, err = said(run, "prompt=Now", "decode_length=20")
