@@ -50,8 +50,30 @@ LAYOUTS = {
     *("custom_mesh_and_rule=expert_as_context", *ways(expert=2, fsdp=2, tensor=2)),
     PLAIN,
   ),
+  "expert_as_context, ring": (
+    *("custom_mesh_and_rule=expert_as_context", *ways(expert=4, tensor=2)),
+    "context_parallel_strategy=ring",
+  ),
+  "experts over fsdp and expert": (
+    *ways(fsdp=2, expert=4),
+    "logical_axis_rules={exp: [fsdp, expert], embed_no_exp: []}",
+  ),
+  "experts over expert and context": (
+    *(*ways(expert=4, context=2), PLAIN),
+    "logical_axis_rules={exp: [expert, context], embed_no_exp: []}",
+  ),
+  "experts over tensor": (  # which splits no tokens
+    *ways(fsdp=4, tensor=2),
+    "logical_axis_rules={exp: [tensor], mlp: [fsdp_transpose]}",
+  ),
   "decode": ("custom_mesh_and_rule=decode", *ways(expert=2, data=2, tensor=2)),
 }
+WIDELY = (  # with every model, the others with the first ones
+  "expert 4 fsdp 2",
+  "expert 2 fsdp 2 tensor 2",
+  "expert 2 context 2 fsdp 2",
+  "expert_as_context",
+)
 FAST = {
   "expert 2 fsdp 2 tensor 2": "dropless",
   "expert_as_context": "limited",
@@ -72,7 +94,8 @@ def check(layout, model, rows=ROWS, length=LENGTH, parts=1):
   [
     pytest.param(layout, model, marks=() if FAST.get(layout) == model else pytest.mark.slow)
     for layout in LAYOUTS
-    for model in MODELS
+    for model in (MODELS if layout in WIDELY else ("dropless", "all", "limited"))
+    if model != "limited" or "ring" not in layout
   ],
 )
 def test_splitting_the_experts_changes_no_number(layout, model):
