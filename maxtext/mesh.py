@@ -122,9 +122,9 @@ class Mesh:
     """Mesh axis -> size within a slice."""
     each, left = divmod(devices, self.num_slices)
     if left:
-      raise ConfigError(
-        "num_slices", f"{devices} devices do not make {self.num_slices} equal slices; use a divisor"
-      )
+      fit = ", ".join(str(n) for n in range(1, min(devices, 64) + 1) if devices % n == 0)
+      problem = f"{devices} devices do not make {self.num_slices} equal slices; use {fit}"
+      raise ConfigError("num_slices", problem)
     slices = "" if self.num_slices == 1 else " of each slice"
     return self._fill("ici", each, f"{each} device{'s' * (each > 1)}{slices}")
 
@@ -151,13 +151,12 @@ class Mesh:
     if left or (rest > 1 and -1 not in sizes.values()):
       split = [axis for axis, size in sizes.items() if size not in (-1, 1)]
       product = " x ".join(f"{axis} {sizes[axis]}" for axis in split) or "1"
-      wanted = (
-        f"a divisor of {total}" if -1 in sizes.values() else f"{total}, or one of the sizes -1"
-      )
-      raise ConfigError(
-        _key(kind, split[-1] if split else "fsdp"),
-        f"{what} cannot be arranged as {product}; make the product {wanted}",
-      )
+      wanted = f"a divisor of {total}" if -1 in sizes.values() else str(total)
+      key = _key(kind, split[-1] if split else "fsdp")
+      others = fixed // (sizes[split[-1]] if split else 1)
+      wanted += f", as {key}={total // others}" if total % others == 0 else ""
+      wanted += "" if -1 in sizes.values() else ", or one of the sizes -1"
+      raise ConfigError(key, f"{what} cannot be arranged as {product}; make the product {wanted}")
     return {axis: rest if size == -1 else size for axis, size in sizes.items()}
 
 

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maxtext import kernels, sharding
 from maxtext.config import Config
+from maxtext.config.devices import unordered
 from maxtext.config.run import Run
 from maxtext.config.sources import ENVIRONMENT
 from maxtext.config.values import brief
@@ -163,16 +164,8 @@ def build(
     )
   schedule = make_schedule(config.optimizer, config.training.steps)
   balanced = layout.ways(sharding.LENGTH) > 1 and config.kernel.balances
-  if balanced and (spec.mtp is not None or any(block.delta for block in spec.blocks)):
-    raise ConfigError(
-      "context_parallel_load_balance",
-      "moves tokens, whose order delta nets and multi-token prediction go by; use false",
-    )
-  if balanced and spec.mixtures and config.experts.capacity_factor > 0:
-    raise ConfigError(
-      "context_parallel_load_balance",
-      "moves tokens, of which the first ones find room with a capacity_factor; use false",
-    )
+  for where, problem, *_ in unordered(config) if balanced else ():
+    raise ConfigError(where, problem)
   return Program(
     config=config,
     layout=layout,

@@ -11,12 +11,12 @@ from typing import Literal
 
 from maxtext.bounds import LARGEST
 from maxtext.config.complaints import Complaint
-from maxtext.config.config import Config
+from maxtext.config.config import RULES, Config
 from maxtext.config.decoder import ELSEWHERE, in_effect
 from maxtext.config.needs import NEEDS
-from maxtext.config.sections import SECTION_OF
+from maxtext.config.sections import SECTION_OF, hint_of
 from maxtext.config.sources import ENVIRONMENT, PRESET
-from maxtext.config.values import brief, shown
+from maxtext.config.values import Unfit, brief, coerce, shown
 from maxtext.errors import closest
 
 # What decides which blocks the layers are, and which width their experts have.
@@ -37,6 +37,7 @@ def of_run(config: Config, purpose: Purpose, environ: Mapping[str, str]) -> Iter
   """What is wrong whatever the devices are."""
   yield from _presets(config)
   yield from _unused(config)
+  yield from _rules(config)
   yield from _model(config)
   yield from _names(config)
   yield from _prompts(config)
@@ -54,6 +55,20 @@ def _presets(config: Config) -> Iterator[Problem]:
         s.level == PRESET and s.folder is not None and s.folder.name == folder for s in settings
       ):
         yield key, f"a preset of configs/{folder} holds keys of {section} only; set this elsewhere"
+
+
+def _rules(config: Config) -> Iterator[Problem]:
+  """Rules of one's own that name a mesh axis which this mesh does not have."""
+  axes = config.mesh.mesh_axes
+  for setting in config.history[RULES][1:]:
+    try:
+      rules = coerce(hint_of(RULES), setting.node)
+    except Unfit:  # which is said already
+      continue
+    for name, given in rules.items():
+      if lost := [axis for axis in given if axis not in axes]:
+        problem = f"{name} names {lost[0]!r}, which mesh_axes does not"
+        yield RULES, f"{problem}; add it there, or leave it out of the rule", "mesh_axes"
 
 
 def _unused(config: Config) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ from maxtext.config.sources import BASE, PRESET, Setting, defaults, of_text
 from maxtext.config.values import Unfit, coerce, render
 from maxtext.errors import ConfigError
 from maxtext.hosts.sections import PLACE
-from maxtext.specs import DecoderSpec, MoeSpec
+from maxtext.specs import BlockSpec, DecoderSpec, MoeSpec
 
 RULES = "logical_axis_rules"
 SHAPING = (
@@ -61,10 +61,15 @@ class Config(Sections):
     return self.sources[key].level != BASE and self.values[key] != coerce(hint_of(key), first.node)
 
   @functools.cached_property
-  def moes(self) -> list[MoeSpec] | None:
-    """Every mixture of experts in the decoder; None where it cannot be read."""
+  def blocks(self) -> tuple[BlockSpec, ...] | None:
+    """Every block of the decoder; None where it cannot be read."""
     made, _ = spec(self.block, self.architecture, 1)
-    return None if made is None else [b.moe for b in made.blocks if b.moe is not None]
+    return None if made is None else made.blocks
+
+  @property
+  def moes(self) -> list[MoeSpec] | None:
+    """Every mixture of experts in it."""
+    return None if self.blocks is None else [b.moe for b in self.blocks if b.moe is not None]
 
   def section_of(self, key: str) -> str:
     """The section that a key belongs to."""
@@ -72,11 +77,13 @@ class Config(Sections):
 
   def changed(self, **values: Any) -> Config:
     """The same with other values, by key; they are taken as they are."""
-    made = self
+    sections: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
-      section = SECTION_OF[key]
-      new = dataclasses.replace(getattr(made, section), **{key: value})
-      made = dataclasses.replace(made, **{section: new})
+      sections.setdefault(SECTION_OF[key], {})[key] = value
+    new = {name: dataclasses.replace(getattr(self, name), **v) for name, v in sections.items()}
+    made = dataclasses.replace(self, **new)
+    if "architecture" not in new:  # then the blocks are the same ones, and need not be read again
+      vars(made)["blocks"] = self.blocks
     return made
 
   def report(self) -> Iterator[str]:

@@ -13,26 +13,51 @@ from maxtext.training.sections import rows
 LENGTH, STREAM = "activation_length", "activation_norm_length"  # in layers, and between them
 
 # Logical axes whose size the configuration knows: the key that sets it, and what it counts.
-DIMENSIONS = {
-  "embed": ("base_emb_dim", "channels"),
-  "mlp": ("base_mlp_dim", "mlp channels"),
-  "heads": ("base_num_query_heads", "query heads"),
-  "q_heads": ("base_num_query_heads", "query heads"),
-  "kv_heads": ("base_num_kv_heads", "kv heads"),
-  "exp": ("num_experts", "experts"),
-  "kv": ("head_dim", "channels of a head"),
-  "kv_head_dim": ("head_dim", "channels of a head"),
-  "activation_embed": ("base_emb_dim", "channels"),
-  "activation_mlp": ("base_mlp_dim", "mlp channels"),
-  "activation_heads": ("base_num_query_heads", "query heads"),
-  "activation_kv_heads": ("base_num_kv_heads", "kv heads"),
-  "activation_kv": ("head_dim", "channels of a head"),
-}
+DIMENSIONS = (
+  ("embed", "base_emb_dim", "channels"),
+  ("mlp", "base_mlp_dim", "mlp channels"),
+  ("mlp", "base_moe_mlp_dim", "channels of an expert"),
+  ("mlp", "base_shared_mlp_dim", "channels of shared experts"),
+  ("heads", "base_num_query_heads", "query heads"),
+  ("q_heads", "base_num_query_heads", "query heads"),
+  ("kv_heads", "base_num_kv_heads", "kv heads"),
+  ("kv_heads", "gdn_num_key_heads", "key heads of delta nets"),
+  ("heads", "gdn_num_value_heads", "value heads of delta nets"),
+  ("exp", "num_experts", "experts"),
+  ("vocab", "vocab_size", "rows of the vocabulary"),
+  ("position", "trainable_position_size", "learned positions"),
+  ("kv", "head_dim", "channels of a head"),
+  ("kv_head_dim", "head_dim", "channels of a head"),
+  ("activation_embed", "base_emb_dim", "channels"),
+  ("activation_mlp", "base_mlp_dim", "mlp channels"),
+  ("activation_mlp", "base_moe_mlp_dim", "channels of an expert"),
+  ("activation_heads", "base_num_query_heads", "query heads"),
+  ("activation_kv_heads", "base_num_kv_heads", "kv heads"),
+  ("activation_vocab", "vocab_size", "rows of the vocabulary"),
+  ("activation_kv", "head_dim", "channels of a head"),
+)
+# Logical axes of one array, of which a mesh axis can split one.
+_TOKENS = ("activation_batch", LENGTH)
+TOGETHER = (
+  ("vocab", "embed"),
+  ("layers", "embed", "mlp"),
+  ("layers", "embed", "q_heads", "kv"),
+  ("layers", "embed", "kv_heads", "kv_head_dim"),
+  ("layers", "heads", "kv", "embed"),
+  (*_TOKENS, "activation_embed"),
+  (*_TOKENS, "activation_heads", "activation_kv"),
+  (*_TOKENS, "activation_kv_heads", "activation_kv"),
+  (*_TOKENS, "activation_mlp"),
+  (*_TOKENS, "activation_vocab"),
+)
+EXPERTS = ("layers", "exp", "embed_no_exp", "mlp")
 
 
 def on_devices(config: Config, devices: int) -> Iterator[Problem]:
   """What is wrong on this many devices: mesh, batches, and sizes that are split."""
   counted = ("devices",) if config.run.devices is not None else ()
+  if next(config.mesh.complaints(), None):  # which is said already
+    return
   try:
     sizes = config.mesh.sizes(devices)
   except ConfigError as e:
@@ -46,6 +71,73 @@ def on_devices(config: Config, devices: int) -> Iterator[Problem]:
     yield from _batch("eval_per_device_batch_size", per_device, devices, ways)
   yield from _length(config, sizes)
   yield from _split(config, sizes)
+  yield from _collisions(config, sizes)
+  if config.mesh.ways(LENGTH, sizes) > 1:
+    yield from unordered(config)
+    yield from _attended(config, sizes)
+
+
+def unordered(config: Config) -> Iterator[Problem]:
+  """What cannot have the tokens of a split length in an order that balances attention."""
+  if not config.kernel.balances:
+    return
+  key, remedy = "context_parallel_load_balance", "use false"
+  if config.architecture.mtp_num_layers or any(b.delta for b in config.blocks or ()):
+    why = "moves tokens, whose order delta nets and multi-token prediction go by"
+    yield key, f"{why}; {remedy}"
+  if config.moes and config.experts.capacity_factor > 0 and not config.experts.sparse_matmul:
+    why = "moves tokens, of which the first ones find room with a capacity_factor"
+    yield key, f"{why}; {remedy}", "capacity_factor"
+
+
+def _attended(config: Config, sizes: Mapping[str, int]) -> Iterator[Problem]:
+  """Attention that cannot be computed with the length in parts."""
+  mesh, kernel, rules = config.mesh, config.kernel, config.mesh.logical_axis_rules
+  heads, keys = ("activation_heads", "activation_kv_heads")
+  over = [[a for a in rules.get(name, ()) if sizes.get(a, 1) > 1] for name in (heads, keys)]
+  ways = mesh.ways(LENGTH, sizes)
+  where = [k for a in rules.get(LENGTH, ()) for k in mesh.keys(a) if getattr(mesh, k) != 1]
+  if over[0] != over[1]:
+    problem = f"{heads} goes to {over[0]} and {keys} to {over[1]}; where the length is split they "
+    yield "logical_axis_rules", f"{problem}must go to the same mesh axes, as in the default", *where
+  elif kernel.context_parallel_strategy == "ring":
+    if kernel.attention not in ("autoselected", "blockwise"):
+      problem = f"ring attention is computed by 'blockwise', not by {kernel.attention!r}"
+      yield "attention", f"{problem}; use autoselected", "context_parallel_strategy"
+  elif (
+    kernel.context_parallel_strategy == "ulysses" and "base_num_query_heads" in config.block.uses
+  ):
+    own = config.architecture.sizes()["base_num_query_heads"] // mesh.ways(heads, sizes)
+    if own % ways:
+      fit = _fit(own)
+      problem = (
+        f"{own} query heads on a device cannot change places with {ways} parts of the length"
+      )
+      advice = f"; split it in {fit}, or use context_parallel_strategy=all_gather"
+      yield "context_parallel_strategy", problem + advice, "base_num_query_heads", *where
+
+
+def _collisions(config: Config, sizes: Mapping[str, int]) -> Iterator[Problem]:
+  """Mesh axes that would split two dimensions of one array."""
+  rules, said = config.mesh.logical_axis_rules, set()
+  for together in (*TOGETHER, *([EXPERTS] if config.moes else ())):
+    used: dict[str, str] = {}
+    for name in together:
+      for axis in rules.get(name, ()):
+        if sizes.get(axis, 1) > 1 and axis in used and (used[axis], name) not in said:
+          said.add((used[axis], name))
+          yield (
+            "logical_axis_rules",
+            f"{used[axis]} and {name} of one array both go to mesh axis {axis!r} of size "
+            f"{sizes[axis]}; it can split one of them: take it out of the other's rule, or set its "
+            "size to 1",
+          )
+        used[axis] = name
+
+
+def _fit(size: int) -> str:
+  """The numbers that divide it, for a sentence."""
+  return ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
 
 
 def _length(config: Config, sizes: Mapping[str, int]) -> Iterator[Problem]:
@@ -86,18 +178,25 @@ def _batch(key: str, per_device: float, devices: int, ways: int) -> Iterator[Pro
 
 def _split(config: Config, sizes: Mapping[str, int]) -> Iterator[Problem]:
   """Dimensions of the model that do not divide by the mesh axes that split them."""
-  mesh, model, said = config.mesh, config.architecture.sizes(), set()
-  model["num_experts"] = config.architecture.num_experts
-  for logical, (key, words) in DIMENSIONS.items():
+  mesh, said = config.mesh, set()
+  architecture = config.architecture
+  model = {**vars(architecture), **architecture.sizes()}
+  for logical, key, words in DIMENSIONS:
     ways, size = mesh.ways(logical, sizes), model[key]
     axes = [a for a in mesh.logical_axis_rules.get(logical, ()) if sizes.get(a, 1) > 1]
-    if size % ways and (key, ways) not in said and key in config.block.uses:
+    if size and size % ways and (key, ways) not in said and key in config.block.uses:
       said.add((key, ways))
       split = " x ".join(f"{axis} {sizes[axis]}" for axis in axes)
       keys = [k for axis in axes for k in mesh.keys(axis) if getattr(mesh, k) != 1]
-      fit = ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
-      problem = f"{size} {words} cannot be split over {split}; divisors are {fit}; or change {key}"
-      yield key, problem, *keys
+      near = -(-size // ways) * ways
+      problem = f"{size} {words} cannot be split over {split}; divisors are {_fit(size)}"
+      yield key, f"{problem}; or use {key}={_scaled(config, key, near)}", *keys
+
+
+def _scaled(config: Config, key: str, size: int) -> int:
+  """The value of the key that gives this size, before `global_parameter_scale`."""
+  made, given = config.architecture.sizes().get(key), getattr(config.architecture, key)
+  return size if not given or not made else -(-size * given // made)
 
 
 def check_devices(config: Config, devices: int) -> None:

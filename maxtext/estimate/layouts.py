@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from maxtext import program
 from maxtext.config import Config
@@ -93,11 +92,9 @@ def _products(total: int, most: list[int]) -> Iterator[tuple[int, ...]]:
 
 def _made(model: Model, keys: dict[str, int], devices: int, chip: Chip) -> Layout | None:
   """The layout of these settings, or None where training would refuse it."""
-  mesh = model.config.mesh
-  ones = dict.fromkeys((mesh.keys(axis)[0] for axis in mesh.mesh_axes), 1)
-  values: dict[str, Any] = ones | keys
-  mesh = dataclasses.replace(mesh, **values)
-  config = dataclasses.replace(model.config, mesh=mesh)
+  ones = dict.fromkeys((model.config.mesh.keys(axis)[0] for axis in model.config.mesh.mesh_axes), 1)
+  config = model.config.changed(**(ones | keys))
+  mesh = config.mesh
   if next(on_devices(config, devices), None) is not None:
     return None
   sizes = {axis: size for axis, size in mesh.sizes(devices).items() if size > 1}
