@@ -60,3 +60,12 @@ def test_flags_that_xla_takes_stay(environ, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", known)
   hardware.prepare(config.load(["hardware=cpu"], {}).run)
   assert os.environ["XLA_FLAGS"] == known
+
+
+@pytest.mark.parametrize("hardware_key, kept", [("auto", False), ("cpu", False), ("tpu", True)])
+def test_programs_of_several_processes_are_kept_only_where_they_are_not_of_a_cpu(
+  environ, tmp_path, hardware_key, kept
+):
+  run = config.load([f"hardware={hardware_key}", f"jax_cache_dir={tmp_path}"], {}).run
+  hardware.prepare(run, several=True)
+  assert ("JAX_COMPILATION_CACHE_DIR" in os.environ) is kept

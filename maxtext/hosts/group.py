@@ -45,8 +45,8 @@ class Group:
     seconds = hosts.jax_distributed_initialization_timeout
     self._service = self._join(seconds if error is None else min(seconds, TO_TELL))
     self._service.write(f"{HOSTS}/{place.id}", socket.gethostname())
-    for process in range(place.count):
-      self._service.read(f"{HOSTS}/{process}")
+    while len(self._service.below(HOSTS)) < place.count:
+      time.sleep(0.1)
     self.watch.start(self._service)
 
   def first(self, decide: Callable[[], Any]) -> Any:
@@ -142,6 +142,7 @@ class Group:
         coordinator_address=address,
         num_processes=place.count,
         process_id=place.id,
+        local_device_ids=place.device,
         cluster_detection_method="deactivate",
         initialization_timeout=NEVER,
         heartbeat_timeout_seconds=self.timeout,

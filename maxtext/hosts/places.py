@@ -18,12 +18,16 @@ Environ = Mapping[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Process `id` of `count`; number 0 listens at `coordinator` (host:port); `source` said so."""
+  """Process `id` of `count`; number 0 listens at `coordinator` (host:port); `source` said so.
+
+  Of several on a host, each has the GPU `device`; None: all that it sees.
+  """
 
   coordinator: str
   count: int
   id: int
   source: str
+  device: int | None = None
 
   @property
   def port(self) -> str:
@@ -85,7 +89,9 @@ def _of_open_mpi(environ: Environ) -> Place | None:
     host = ""
   job = environ.get("PMIX_NAMESPACE") or uri.partition(".")[0]
   address = _address(environ, host, zlib.crc32(job.encode()) if job else None)
-  return _placed(address, count, number, "Open MPI")
+  several = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1") != "1"
+  device = _device(environ, "OMPI_COMM_WORLD_LOCAL_RANK") if several else None
+  return _placed(address, count, number, "Open MPI", device)
 
 
 def _of_slurm(environ: Environ) -> Place | None:
@@ -104,7 +110,9 @@ def _of_slurm(environ: Environ) -> Place | None:
   job = _number(environ, "SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS")
   step = environ.get("SLURM_STEP_ID", "0")
   address = _address(environ, _first_node(nodes), job + int(step) if step.isdecimal() else job)
-  return _placed(address, count, number, "SLURM")
+  tasks = re.sub(r"\(x\d+\)", "", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+  device = _device(environ, "SLURM_LOCALID") if set(tasks.split(",")) != {"1"} else None
+  return _placed(address, count, number, "SLURM", device)
 
 
 def _of_tpu(environ: Environ) -> Place | None:
@@ -145,10 +153,18 @@ def _address(environ: Environ, host: str, job: int | None = None) -> str:
   return f"{host}:{port}"
 
 
-def _placed(address: str, count: int, number: int, source: str) -> Place:
+def _device(environ: Environ, local: str) -> int | None:
+  """The GPU of one of several processes on a host, unless it has been given its own."""
+  given = environ.get("CUDA_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES", ","))
+  if "JAX_LOCAL_DEVICE_IDS" in environ or "," not in given:
+    return None
+  return _number(environ, local, "more than one process on this host")
+
+
+def _placed(address: str, count: int, number: int, source: str, device: int | None = None) -> Place:
   if number >= count:
     raise ConfigError(source, f"makes this process {number} of {count}; they count from 0")
-  return Place(address, count, number, source)
+  return Place(address, count, number, source, device)
 
 
 def _number(environ: Environ, name: str, because: str) -> int:

@@ -117,7 +117,7 @@ class Watch:
       finished: dict[str, str] = {}
       left: set[int] = set()
       while len(left | {*map(int, finished)}) < self.place.count:
-        if self._leaving.wait(0.05):
+        if self._leaving.wait(EVERY / 5):
           return
         finished, left = service.below(STOP), self._hear(service)[1]
       self._last, self.stopped_by = max(map(int, finished.values())) + 1, name

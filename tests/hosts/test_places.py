@@ -27,6 +27,7 @@ MPI = {
   "OMPI_COMM_WORLD_SIZE": "6",
   "OMPI_COMM_WORLD_RANK": "4",
   "OMPI_COMM_WORLD_LOCAL_SIZE": "3",
+  "OMPI_COMM_WORLD_LOCAL_RANK": "1",
   "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
 }
 MPI6 = MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp6://[fe80::1,fe80::2]:4"}
@@ -56,7 +57,7 @@ SLICES = SLICE | {
     (STEP | {"JAX_COORDINATOR_ADDRESS": "10.0.0.9:77"}, "10.0.0.9:77", 8, 5),
     (MPI | {"JAX_COORDINATOR_PORT": "99"}, "10.96.0.1:99", 6, 4),
     (MPI6 | {"JAX_COORDINATOR_PORT": "99"}, "[fe80::1]:99", 6, 4),
-    (LOCAL, "127.0.0.1:8482", 2, 1),
+    (LOCAL | {"OMPI_COMM_WORLD_LOCAL_RANK": "1"}, "127.0.0.1:8482", 2, 1),
     (SLICE, "w-0.svc:8482", 4, 2),
     (SLICE | {"JAX_COORDINATOR_PORT": "99"}, "w-0.svc:99", 4, 2),
     (SLICE | {"TPU_PROCESS_ADDRESSES": "a:8476,b:8476,c:8476"}, "a:8482", 3, 2),
@@ -88,6 +89,30 @@ def test_each_launcher_is_understood(environ, coordinator, count, number):
 )
 def test_what_looks_like_several_and_is_one_trains_alone(environ):
   assert find(environ, ALONE) is None
+
+
+EACH = STEP | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_LOCALID": "3"}
+
+
+@pytest.mark.parametrize(
+  "environ, device",
+  [
+    (EACH, 3),
+    (EACH | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 3),
+    (EACH | {"SLURM_STEP_TASKS_PER_NODE": "1,4"}, 3),
+    (EACH | {"SLURM_STEP_TASKS_PER_NODE": "11(x2)"}, 3),
+    (EACH | {"CUDA_VISIBLE_DEVICES": "2"}, None),  # srun has given each task its own
+    (EACH | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, None),  # JAX reads it
+    (EACH | {"SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, None),  # a host's only process has them all
+    (STEP, None),
+    (LOCAL | {"OMPI_COMM_WORLD_LOCAL_RANK": "1"}, 1),
+    (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, None),
+    (SLICE, None),
+    (JAX, None),
+  ],
+)
+def test_of_several_processes_on_a_host_each_has_a_gpu(environ, device):
+  assert find(environ, ALONE).device == device
 
 
 def test_two_jobs_of_open_mpi_on_one_host_have_ports_of_their_own():
