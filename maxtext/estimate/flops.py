@@ -141,7 +141,7 @@ def _heads(spec: AttentionSpec, width: int) -> int:
   """Weights of an attention layer's projections."""
   if (low := spec.latent) is None:
     queries = spec.heads * (3 if spec.gate else 2)  # out has as many as the queries
-    return width * (queries + spec.kv_heads * (1 if spec.share_kv else 2)) * spec.head_dim
+    return width * (queries + spec.kv_heads * spec.kv_projections) * spec.head_dim
   queries = spec.heads * spec.head_dim
   queries = width * queries if low.q_rank is None else low.q_rank * (width + queries)
   down = width * (low.kv_rank + low.rope_dim)
@@ -163,7 +163,7 @@ def _wide_biases(mlp: MlpSpec | None, width: int) -> int:
 
 
 def _attention_biases(spec: AttentionSpec, width: int) -> int:
-  groups = spec.kv_heads * (1 if spec.share_kv else 2)
+  groups = spec.kv_heads * spec.kv_projections
   heads = (spec.heads * (2 if spec.gate else 1) + groups) * spec.head_dim
   if (low := spec.latent) is not None:
     heads = low.bias * (low.kv_rank + low.rope_dim + (low.q_rank or 0))
@@ -182,7 +182,8 @@ def _mixer_norms(block: BlockSpec) -> int:
     ranks = (spec.latent.kv_rank, spec.latent.q_rank or 0)
     return sum(_norm(spec.latent.norm, rank) for rank in ranks)
   whole = spec.qk_norm is not None and spec.qk_norm.whole
-  heads = spec.heads + spec.kv_heads if whole else 2
+  made = spec.takes is None
+  heads = spec.heads + made * spec.kv_heads if whole else 1 + made
   return _norm(spec.qk_norm, heads * spec.head_dim) + _norm(spec.v_norm, spec.head_dim)
 
 

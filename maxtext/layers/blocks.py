@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxtext.layers.delta import DeltaNet
-from maxtext.layers.grouped import C, GroupedAttention
+from maxtext.layers.grouped import C, GroupedAttention, Pair
 from maxtext.layers.latent import LatentAttention
 from maxtext.layers.mlp import Mlp
 from maxtext.layers.moe import Moe
@@ -36,10 +36,16 @@ class Block(nnx.Module):
     self.post_mlp_norm = norm(spec.post_mlp_norm)
 
   def __call__(
-    self, x: jax.Array, mask: Mask, cache: C | None = None, key: jax.Array | None = None
+    self,
+    x: jax.Array,
+    mask: Mask,
+    cache: C | None = None,
+    key: jax.Array | None = None,
+    taken: Pair | None = None,
   ) -> tuple[jax.Array, C | None, Routed | None]:
     """x, the cache with its tokens, and what a mixture of experts says of its routing. `key` draws
-    dropout; without it there is none. With a cache no expert drops a token.
+    dropout; without it there is none. With a cache no expert drops a token. `taken` are keys and
+    values that attention does not make, as keys_values does.
     """
     spec = self.spec
     keys = (None, None) if key is None else jax.random.split(key)
@@ -47,11 +53,16 @@ class Block(nnx.Module):
     if key is not None and spec.attention is not None and spec.attention.dropout:
       seed = jax.random.bits(jax.random.fold_in(key, 2), (2,), jnp.uint32)
     mixer = self.attention if self.delta is None else self.delta
-    y, cache = mixer(joined(_normed(self.attention_norm, x)), mask, cache, seed)
+    more = {} if taken is None else {"taken": taken}
+    y, cache = mixer(joined(_normed(self.attention_norm, x)), mask, cache, seed, **more)
     between = self._add(x, _normed(self.post_attention_norm, y), keys[0])
     x = joined(_normed(self.mlp_norm, x if spec.parallel else between))
     y, routed = self._feed(x, mask, dropless=cache is not None)
     return self._add(between, _normed(self.post_mlp_norm, y), keys[1]), cache, routed
+
+  def keys_values(self, x: jax.Array, mask: Mask) -> Pair:
+    """x [b t d] -> the keys and values [b t g k] of the block's attention."""
+    return self.attention.keys_values(joined(_normed(self.attention_norm, x)), mask)
 
   def _feed(self, x: jax.Array, mask: Mask, dropless: bool) -> tuple[jax.Array, Routed | None]:
     if self.mlp is not None:

@@ -62,11 +62,11 @@ class Decoder(nnx.Module):
       x = constrain(x + lookup(self.positions, mask.q_pos, self.compute.dtype), *STREAM)
     if key is not None:
       x = drop(x, self.spec.stages[0].blocks[0].dropout, jax.random.fold_in(key, len(self.stages)))
-    out, routed = [], {}
+    out, routed, kept = [], {}, {}
     for i, stage in enumerate(self.stages):
       cache = None if caches is None else caches[i]
       key_here = None if key is None else jax.random.fold_in(key, i)
-      x, cache, said = stage(x, mask, cache, key_here)
+      x, cache, said, kept = stage(x, mask, cache, key_here, kept)
       out.append(cache)
       routed |= {f"stages.{i}.{path}": layers for path, layers in said.items()}
     return joined(self.norm(x)), None if caches is None else tuple(out), routed

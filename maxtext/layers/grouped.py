@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxtext import kernels
+from maxtext.errors import ConfigError
 from maxtext.kernels.held import dense
 from maxtext.layers.norms import make_norm
 from maxtext.layers.params import Compute, Dense, DenseInitializer, param
@@ -21,6 +22,7 @@ from maxtext.specs import AttentionSpec, TemperatureSpec
 
 C = TypeVar("C", bound="Cache")
 Axes = tuple[str | None, ...]
+Pair = tuple[jax.Array, jax.Array]
 
 
 class Cache(Protocol):
@@ -73,16 +75,16 @@ class GroupedAttention(nnx.Module):
     """`init` draws the projections; `kv_width` is that of what keys and values are made from."""
     self.spec, self.compute, self.init = spec, compute, init
     inputs_q, inputs_kv = (0, 0, width), (0, 0, kv_width or width)
-    apart = not spec.fused
+    apart, makes = not spec.fused, spec.takes is None
     self.qkv_proj = None if apart else self.init_qkv_w(inputs_q, rngs)
     self.query = self.init_query_w(inputs_q, rngs) if apart else None
-    self.key = self.init_kv_w(inputs_kv, rngs) if apart else None
-    own_values = apart and not spec.share_kv
+    self.key = self.init_kv_w(inputs_kv, rngs) if apart and makes else None
+    own_values = apart and makes and not spec.share_kv
     self.value = self.init_kv_w(inputs_kv, rngs) if own_values else None
     self.out = self.init_out_w(width, rngs)
     together = lambda heads: spec.head_dim * (heads if spec.qk_norm.whole else 1)
     norm = lambda heads: spec.qk_norm and make_norm(spec.qk_norm, together(heads), compute, rngs)
-    self.query_norm, self.key_norm = norm(spec.heads), norm(spec.kv_heads)
+    self.query_norm, self.key_norm = norm(spec.heads), norm(spec.kv_heads) if makes else None
     self.value_norm = spec.v_norm and make_norm(spec.v_norm, spec.head_dim, compute, rngs)
     zeros = jax.nn.initializers.zeros
     self.sinks = param(rngs, zeros, compute.weight_dtype, heads=spec.heads) if spec.sink else None
@@ -108,6 +110,8 @@ class GroupedAttention(nnx.Module):
   def kv_projection(self, inputs_kv: jax.Array, proj_name: str) -> jax.Array:
     """inputs [b s d] -> 'key' or 'value' [b s g k], before norm and rotation."""
     check_projection(proj_name)
+    if self.spec.takes is not None:
+      raise ConfigError("takes", "this layer's keys and values are those of an earlier one")
     if self.spec.fused:
       return self.qkv_projection(inputs_kv)[1 if proj_name == "key" else 2]
     own = self.key if proj_name == "key" or self.spec.share_kv else self.value
@@ -164,17 +168,23 @@ class GroupedAttention(nnx.Module):
     kv: jax.Array | None = None,
     positions: jax.Array | None = None,
     names: Names = PLAIN,
+    taken: Pair | None = None,
   ) -> tuple[jax.Array, C | None]:
     """With a cache, earlier keys and values come from it, and it comes back with the new ones.
 
     `kv` [b s d] is what keys and values are made from (None: x), `positions` [b t] or [b t 3] what
-    the rotation is by (None: the mask's), `seed` uint32 [2] draws dropout.
+    the rotation is by (None: the mask's), `seed` uint32 [2] draws dropout. `taken` are keys and
+    values as `keys_values` makes them, of this layer or of an earlier one.
     """
     names = self._placed(names)
     if names.input is not None:
       x, kv = (y if y is None else constrain(y, *names.input) for y in (x, kv))
-    q, k, v, gate = self._project(x, x if kv is None else kv)
-    q, k, v = self._prepare(q, k, v, mask, positions)
+    if taken is None:
+      q, k, v, gate = self._project(x, x if kv is None else kv)
+      q, k, v = self._prepare(q, k, v, mask, positions)
+    else:
+      (q, gate), (k, v) = self._queries(x), taken
+      q = self._prepared_queries(q, mask, positions)
     q = checkpoint_name(constrain(q, *names.query), "query_proj")
     k = checkpoint_name(constrain(k, *names.key), "key_proj")
     v = checkpoint_name(constrain(v, *names.value), "value_proj")
@@ -193,29 +203,54 @@ class GroupedAttention(nnx.Module):
     """x [b t d], kv [b s d] -> queries, keys, values, and the gate [b t h k] if there is one."""
     if self.spec.fused and kv is x:
       return *self.qkv_projection(x), None
-    q, gate = self.query_projection(x), None
-    if self.spec.gate:
-      q, gate = jnp.split(q, 2, axis=-1)
+    q, gate = self._queries(x)
     k = self.kv_projection(kv, "key")
     return q, k, k if self.spec.share_kv else self.kv_projection(kv, "value"), gate
+
+  def _queries(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """x [b t d] -> queries, and the gate [b t h k] if there is one."""
+    q = self.query_projection(x)
+    return tuple(jnp.split(q, 2, axis=-1)) if self.spec.gate else (q, None)
+
+  def keys_values(self, x: jax.Array, mask: Mask, positions: jax.Array | None = None) -> Pair:
+    """x [b s d] -> keys and values [b s g k], normalised and rotated: as queries meet them."""
+    _, k, v = self._prepare(*self._project(x, x)[:3], mask, positions)
+    return constrain(k, *PLAIN.key), constrain(v, *PLAIN.value)
+
+  def no_keys_values(self, shape: tuple[int, int]) -> Pair:
+    """What stands in their place, of tokens [b s], before a layer has made any."""
+    shape = (*shape, self.spec.kv_heads, self.spec.head_dim)
+    zeros = constrain(jnp.zeros(shape, self.compute.dtype), *PLAIN.key)
+    return zeros, zeros
 
   def _prepare(
     self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, positions: jax.Array | None
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same, normalised and rotated."""
-    spec, norm = self.spec, self.spec.qk_norm
-    if norm is not None and not norm.rotated:
-      q, k = self._norm(self.query_norm, q), self._norm(self.key_norm, k)
-    v = v if self.value_norm is None else self.value_norm(v)
-    if spec.clip is not None:
-      q, k, v = (jnp.clip(x, -spec.clip, spec.clip) for x in (q, k, v))
-    if spec.rope is not None or spec.grid is not None:
-      q, k = self.rotate(q, mask.q_pos, positions), self.rotate(k, mask.kv_pos, positions)
-      if norm is not None and norm.rotated:
-        q, k = self._norm(self.query_norm, q), self._norm(self.key_norm, k)
-    if spec.temperature is not None:
-      q = _tempered(q, mask.q_pos, spec.temperature)
-    return q, k, v
+    k = self._prepared(k, self.key_norm, mask.kv_pos, positions)
+    v = self._cut(v if self.value_norm is None else self.value_norm(v))
+    return self._prepared_queries(q, mask, positions), k, v
+
+  def _prepared_queries(self, q: jax.Array, mask: Mask, positions: jax.Array | None) -> jax.Array:
+    """Queries [b t h k], normalised, rotated and grown."""
+    q = self._prepared(q, self.query_norm, mask.q_pos, positions)
+    tempered = self.spec.temperature
+    return q if tempered is None else _tempered(q, mask.q_pos, tempered)
+
+  def _prepared(
+    self, x: jax.Array, norm: nnx.Module | None, places: jax.Array, several: jax.Array | None
+  ) -> jax.Array:
+    """Queries or keys [b t h k], normalised and rotated."""
+    spec, late = self.spec, norm is not None and self.spec.qk_norm.rotated
+    x = self._cut(x if norm is None or late else self._norm(norm, x))
+    if spec.rope is None and spec.grid is None:
+      return x
+    x = self.rotate(x, places, several)
+    return self._norm(norm, x) if late else x
+
+  def _cut(self, x: jax.Array) -> jax.Array:
+    clip = self.spec.clip
+    return x if clip is None else jnp.clip(x, -clip, clip)
 
   def rotate(
     self, x: jax.Array, positions: jax.Array, several: jax.Array | None = None

@@ -4,7 +4,8 @@ by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,11 +14,14 @@ from flax import nnx
 from jax import lax
 
 from maxtext.layers.blocks import Block
+from maxtext.layers.grouped import Pair
 from maxtext.layers.params import Compute
 from maxtext.layers.routing import Routed
 from maxtext.layers.sections import Memory
 from maxtext.masks import Mask
 from maxtext.specs import Stage
+
+Kept = Mapping[str, Pair]  # keys and values by the names that layers keep them under
 
 _QKV = ("query_proj", "key_proj", "value_proj")
 SAVED = {  # remat policy -> the tagged activations that the backward pass does not compute again
@@ -51,10 +55,16 @@ class Stack(nnx.Module):
       p.set_metadata(axes=("layers", *p.get_metadata()["axes"]))
 
   def __call__(
-    self, x: jax.Array, mask: Mask, caches: Any = None, key: jax.Array | None = None
-  ) -> tuple[jax.Array, Any, dict[str, Routed]]:
+    self,
+    x: jax.Array,
+    mask: Mask,
+    caches: Any = None,
+    key: jax.Array | None = None,
+    kept: Kept = MappingProxyType({}),
+  ) -> tuple[jax.Array, Any, dict[str, Routed], Kept]:
     """x [b t d] -> [b t d]; `caches` is a tuple with one cache per block, of all its layers, or
-    None. What mixtures of experts say of their routing is by the path of the block [l e].
+    None. What mixtures of experts say of their routing is by the path of the block [l e]. `kept`
+    are the keys and values that layers before have kept, and comes back with those of these.
 
     Caches are carried from layer to layer, not cut and stacked again, so that they are written in
     place.
@@ -64,28 +74,39 @@ class Stack(nnx.Module):
     keys = None if key is None else jax.random.split(key, self.repeat)
     numbers = None if caches is None else jnp.arange(self.repeat)
 
-    def body(carry: tuple[jax.Array, Any], part: Any) -> tuple[tuple[jax.Array, Any], dict]:
-      (x, caches), (weights, layer, key), said = carry, part, {}
+    def body(carry: tuple[jax.Array, Any, Kept], part: Any) -> tuple[Any, dict]:
+      (x, caches, own), (weights, layer, key), said = carry, part, {}
       for i, block in enumerate(nnx.merge(graph, weights)):
+        keeps, takes = block.spec.shared
+        own = own if keeps is None else {**own, keeps: block.keys_values(x, mask)}
+        taken = {**kept, **own}.get(keeps or takes)
         cache = None if caches is None else caches[i].at(layer)
         key_here = None if key is None else jax.random.fold_in(key, i)
-        x, cache, routed = block(x, mask, cache, key_here)
+        x, cache, routed = block(x, mask, cache, key_here, taken)
         if routed is not None:
           said[f"blocks.{i}"] = routed
         if caches is not None:
           caches = (*caches[:i], cache.at(None), *caches[i + 1 :])
-      return (x, caches), said
+      return (x, caches, own), said
 
     body = remat(body, self.memory)
-    carry, parts = (x, caches), (weights, numbers, keys)
+    carry, parts = (x, caches, self._begun(x, kept)), (weights, numbers, keys)
     if self.memory.scan_layers:
-      (x, caches), said = lax.scan(body, carry, parts)
-      return x, caches, said
+      (x, caches, own), said = lax.scan(body, carry, parts)
+      return x, caches, said, {**kept, **own}
     layers = []
     for part in _unstack(parts, self.repeat):
       carry, one = body(carry, part)
       layers.append(one)
-    return *carry, jax.tree.map(lambda *each: jnp.stack(each), *layers)
+    x, caches, own = carry
+    said = jax.tree.map(lambda *each: jnp.stack(each), *layers)
+    return x, caches, said, {**kept, **own}
+
+  def _begun(self, x: jax.Array, kept: Kept) -> Kept:
+    """What these layers keep, before any of them has run."""
+    own = {block.spec.shared[0]: block.attention for block in self.blocks}
+    begun = lambda name: kept.get(name) or own[name].no_keys_values(x.shape[:2])
+    return {name: begun(name) for name in own if name is not None}
 
 
 def _one_layer(p: nnx.Param) -> nnx.Param:

@@ -74,6 +74,9 @@ class AttentionSpec:
   it before the rotation; `gate` multiplies the output by a sigmoid of a second query projection;
   `sink` is a learned score per head that has no value; `fused` keeps queries, keys and values in
   one kernel. Patches of an image are rotated by their place in a `grid`.
+
+  A layer `keeps` its keys and values, as queries meet them, under a name, for later layers that by
+  this name take them (`takes`) and make none of their own: those of the nearest layer before.
   """
 
   heads: int
@@ -94,6 +97,8 @@ class AttentionSpec:
   bias: bool = False
   out_bias: bool | None = None  # None: as `bias`
   share_kv: bool = False
+  keeps: str | None = None
+  takes: str | None = None
   gate: bool = False
   sink: bool = False
   fused: bool = False
@@ -133,11 +138,20 @@ class AttentionSpec:
       raise ConfigError("grid", "and rope both rotate queries and keys; set rope: null")
     if self.temperature is not None and self.rope is not None:
       raise ConfigError("temperature", "is for layers without rotary positions; set rope: null")
+    if self.takes is not None:
+      own = {"keeps", "share_kv", "fused", "v_norm"}
+      if given := sorted(name for name in own if getattr(self, name)):
+        raise ConfigError(given[0], "is for a layer with keys and values of its own; leave it out")
     if self.latent is not None:
       self._check_latent(self.latent)
 
+  @property
+  def kv_projections(self) -> int:
+    """How many there are: of keys and of values, of both in one, or none."""
+    return 0 if self.takes else 1 if self.share_kv else 2
+
   def _check_latent(self, latent: LatentSpec) -> None:
-    plain = {"share_kv", "gate", "sink", "fused", "bias", "clip"}
+    plain = {"share_kv", "keeps", "takes", "gate", "sink", "fused", "bias", "clip"}
     if given := sorted(name for name in plain if getattr(self, name)):
       raise ConfigError(given[0], "is not there for latent attention; leave it out")
     for name in ("qk_norm", "v_norm", "temperature"):

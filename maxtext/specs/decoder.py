@@ -49,6 +49,11 @@ class BlockSpec:
     assert found is not None
     return found
 
+  @property
+  def shared(self) -> tuple[str | None, str | None]:
+    """Under which name its attention keeps keys and values, and takes those of another layer."""
+    return (self.attention.keeps, self.attention.takes) if self.attention else (None, None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -104,6 +109,29 @@ class DecoderSpec:
       raise ConfigError(
         "positions", f"{self.positions} is not at least 0 (0: no learned positions)"
       )
+    self._check_taken()
+
+  def _check_taken(self) -> None:
+    """Whether keys and values that layers take are kept before, by heads like theirs."""
+    kept: dict[str, tuple[int, int]] = {}
+    for number, block in enumerate(self.blocks):
+      if (attention := block.attention) is None or block.shared == (None, None):
+        continue
+      heads = attention.kv_heads, attention.head_dim
+      if (name := attention.takes) is not None and kept.get(name) != heads:
+        problem = f"layer {number} takes what no layer before it keeps under this name"
+        if name in kept:
+          problem = (
+            f"layer {number} has {heads} key heads and channels, and what it takes {kept[name]}"
+          )
+        raise ConfigError("takes", f"{name!r}: {problem}")
+      if (name := attention.keeps) is not None and kept.setdefault(name, heads) != heads:
+        problem = (
+          f"layer {number} keeps {heads} key heads and channels, and one before it {kept[name]}"
+        )
+        raise ConfigError("keeps", f"{name!r}: {problem}")
+    if self.mtp and self.mtp.block.shared != (None, None):
+      raise ConfigError("mtp", "repeats the last layer, which keeps or takes keys and values")
 
   @property
   def depth(self) -> int:
