@@ -42,7 +42,8 @@ def test_a_documented_program_exists(command):
   program, *arguments = shlex.split(command)
   if program == "python":
     name = arguments[1].removeprefix("maxtext.")
-    assert arguments[0] == "-m" and (ROOT / f"maxtext/{name}.py").is_file()
+    files = (ROOT / f"maxtext/{name}.py", ROOT / f"maxtext/{name}/__main__.py")
+    assert arguments[0] == "-m" and any(path.is_file() for path in files)
   elif program.startswith("./"):
     assert os.access(ROOT / program, os.X_OK)
   else:

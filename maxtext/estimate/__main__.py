@@ -95,7 +95,7 @@ def table(shown: Sequence[Layout]) -> Iterator[str]:
   small = max(layout.bytes.total for layout in shown) < 2**30
   unit, size_of = ("MiB", 2**20) if small else ("GiB", 2**30)
   columns = ("params", "optimizer", "grads", "kept", "at work", "total")
-  times = ("compute", "hidden", "open", "step", "MFU")
+  times = ("compute", "hidden", "exposed", "step", "MFU")
   yield f"{f'  {unit} per device':<51}  seconds per step, at best"
   widths = [max(len(name), 6) + 2 for name in (*columns, *times)]
   line = lambda cells: "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths))
@@ -104,7 +104,7 @@ def table(shown: Sequence[Layout]) -> Iterator[str]:
     b, s = layout.bytes, layout.seconds
     sizes = (b.params, b.optimizer, b.grads, b.activations, b.work, b.total)
     cells = [f"{size / size_of:.2f}" for size in sizes]
-    cells += [_short(t) for t in (max(s.compute, s.memory), s.hidden, s.open, s.total)]
+    cells += [_short(t) for t in (max(s.compute, s.memory), s.hidden, s.exposed, s.total)]
     yield f"{line([*cells, f'{layout.mfu:.0%}'])}  {layout.paste}"
 
 

@@ -20,17 +20,17 @@ from maxtext.specs import BlockSpec, Stage
 @dataclasses.dataclass(frozen=True)
 class Seconds:
   """Of one step on one device: products, traffic to its memory, what it sends of parameters and
-  gradients (`hidden` behind products as far as these last), and of tokens (`open`).
+  gradients (`hidden` behind products as far as these last), and of tokens (`exposed`).
   """
 
   compute: float
   memory: float
   hidden: float
-  open: float
+  exposed: float
 
   @property
   def total(self) -> float:
-    return max(self.compute, self.memory, self.hidden) + self.open
+    return max(self.compute, self.memory, self.hidden) + self.exposed
 
 
 @dataclasses.dataclass(frozen=True)
