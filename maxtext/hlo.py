@@ -55,7 +55,18 @@ class _Line:
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
   """All that the compiled program `text` sends, on a mesh of these sizes by axis."""
   entry, computations = _computations(text)
-  return list(_sent(entry, computations, dict(mesh)))
+  return list(_sent(entry, _Program(computations, dict(mesh), set())))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+  """All computations; `chains` are the asynchronous collectives of TPUs that are counted already:
+  each stands in the fusion that begins it, in those it runs beside, and in the one that ends it.
+  """
+
+  computations: Mapping[str, list[_Line]]
+  mesh: dict[str, int]
+  chains: set[str]
 
 
 def totals(sent: list[Collective]) -> list[tuple[str, tuple[str, ...], int, int]]:
@@ -95,29 +106,43 @@ def _computations(text: str) -> tuple[str, dict[str, list[_Line]]]:
   return entry, found
 
 
-def _sent(
-  name: str, computations: Mapping[str, list[_Line]], mesh: dict[str, int]
-) -> Iterator[Collective]:
-  for line in computations.get(name, ()):
+def _sent(name: str, program: _Program) -> Iterator[Collective]:
+  lines = program.computations.get(name, [])
+  for line in lines:
     kind = line.op.removesuffix("-start")
     if kind in KINDS and not line.op.endswith("-done"):
+      chain = re.search(r'chain_id="(\d+)"', line.rest)
+      if chain and chain[1] in program.chains:
+        continue
+      program.chains.update(chain.groups() if chain else ())
       if kind == "all-reduce" and "all-reduce-scatter" in name:  # as TPUs have it, in a fusion
-        kind, line = "reduce-scatter", dataclasses.replace(line, made=computations[name][-1].made)
-      if (one := _collective(kind, line, mesh)).axes:  # else each device is by itself
+        kind, line = "reduce-scatter", dataclasses.replace(line, made=lines[-1].made)
+      if (one := _collective(kind, line, program.mesh)).axes:  # else each device is by itself
         yield one
-      continue
-    if line.op == "while":
+    elif line.op == "while":
+      trips = _trips(line.rest, program.computations)
       body = re.search(r"body=%?([\w.\-]+)", line.rest)
-      trips = re.search(r'known_trip_count\D*"(\d+)"', line.rest)
-      inner = _sent(body[1], computations, mesh) if body else ()
-      for one in inner:
-        yield dataclasses.replace(one, times=one.times * (int(trips[1]) if trips else 1))
+      for one in _sent(body[1], program) if body else ():
+        yield dataclasses.replace(one, times=one.times * trips)
     elif line.op == "conditional":
-      branches = [list(_sent(b, computations, mesh)) for b in _branches(line.rest)]
+      branches = [list(_sent(branch, program)) for branch in _branches(line.rest)]
       yield from max(branches, key=lambda sent: sum(one.times * one.size for one in sent))
-    elif called := re.search(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)", line.rest):
-      if line.op in ("fusion", "call", "async-start", "custom-call"):
-        yield from _sent(called[1], computations, mesh)
+    elif line.op in ("fusion", "call", "async-start", "custom-call"):
+      if called := re.search(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)", line.rest):
+        yield from _sent(called[1], program)
+
+
+def _trips(rest: str, computations: Mapping[str, list[_Line]]) -> int:
+  """How often a loop runs: as XLA says, or up to the one number that its condition compares with;
+  1 where only the running program knows.
+  """
+  if known := re.search(r'known_trip_count\D*"(\d+)"', rest):
+    return int(known[1])
+  name = re.search(r"condition=%?([\w.\-]+)", rest)
+  lines = computations.get(name[1], []) if name else []
+  limits = [line.rest.split(")")[0] for line in lines if line.op == "constant"]
+  counts = any(line.op == "compare" and "direction=LT" in line.rest for line in lines)
+  return int(limits[0]) if counts and len(limits) == 1 and limits[0].isdigit() else 1
 
 
 def _branches(rest: str) -> list[str]:

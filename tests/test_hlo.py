@@ -323,9 +323,24 @@ TEXT = """HloModule step, is_scheduled=true
   ROOT %t = (s32[], bf16[4]) tuple(%i, %permute)
 }
 
+%begins (p: f32[4]) -> f32[32] {
+  ROOT %g = f32[32]{0} all-gather(%p), replica_groups=[1,8]<=[8], frontend_attributes={chain_id="3"}
+}
+
+%beside (p: f32[4]) -> f32[32] {
+  ROOT %g = f32[32]{0} all-gather(%p), replica_groups=[1,8]<=[8], frontend_attributes={chain_id="3"}
+}
+
+%condition (p: (s32[], bf16[4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
 %body (p: (s32[], bf16[4])) -> (s32[], bf16[4]) {
-  %loop = (s32[], bf16[4]) while(%p), body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  %loop = (s32[], bf16[4]) while(%p), condition=%condition, body=%inner
   %scattered = f32[2,4]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
+  %async-collective-start = f32[32]{0} fusion(%z), kind=kCustom, calls=%begins
+  %async_collective_fusion = f32[32]{0} fusion(%z), kind=kCustom, calls=%beside
   ROOT %t = (s32[], bf16[4]) tuple(%i, %y)
 }
 
@@ -361,6 +376,7 @@ def test_what_runs_is_counted_with_the_trips_of_its_loops_and_over_the_axes_it_r
   assert [(one.kind, one.axes, one.times, one.size) for one in sent] == [
     ("collective-permute", ("fsdp",), 15, 4 * 2),
     ("reduce-scatter", ("fsdp",), 5, 2 * 4 * 4),
+    ("all-gather", ("fsdp", "tensor"), 5, 32 * 4),
     ("all-gather", ("tensor",), 1, 16 * 4),
     ("all-gather", ("fsdp", "tensor"), 1, 32 * 4),
     ("all-gather", ("tensor",), 1, 4 * 4),

@@ -193,10 +193,12 @@ class Model:
     head = local.parts.joined(self.params.get("unembedding", self.params["embedding"]))
     joined, narrow = head * self.working, self.width if self.working > self.width else 0
     tile, sums = local.tokens * local.vocab // tiles, 1 if tiles == 1 else 2
-    product = (F32 + narrow) * tile + narrow * head + sums * F32 * head
+    # logits, and what becomes their gradient: which a CPU makes in float32 as well
+    softmax = (F32 + self.working) * tile
+    product = (F32 + narrow if self.cpu else self.width) * tile + narrow * head + sums * F32 * head
     points = {
       "forward": joined,  # a CPU joins the unembedding ahead of time
-      "loss": joined + max(2 * F32 * tile, product, 3 * F32 * head),
+      "loss": joined + max(softmax, product, 3 * F32 * head),
       "backward": 0,
     }
     for s, stage in enumerate(self.spec.stages):
