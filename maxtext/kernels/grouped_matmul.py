@@ -110,13 +110,14 @@ def _sides(*sizes: int) -> tuple[int, ...]:
 class Tiles:
   """Rows in tiles of `side`, each of one group: where each begins and ends, and whose it is, [j].
 
-  There are as many as any sizes may need; those that are not needed are empty, after the last row.
+  Of as many as any sizes may need the first `used` are there.
   """
 
   side: int
   begin: jax.Array
   end: jax.Array
   group: jax.Array
+  used: jax.Array
 
   @classmethod
   def of(cls, rows: int, sizes: jax.Array) -> Tiles:
@@ -130,12 +131,7 @@ class Tiles:
     group = jnp.minimum(jnp.searchsorted(last, j, side="right"), groups - 1)
     before = jnp.where(group > 0, last[group - 1], 0)
     begin = ends[group] - sizes[group] + (j - before) * side
-    begin = jnp.where(j < last[-1], begin, rows)
-    return cls(side, begin, jnp.maximum(ends[group], begin), group)
-
-  @property
-  def each(self) -> tuple[jax.Array, ...]:
-    return self.begin, self.end, self.group
+    return cls(side, begin, ends[group], group, last[-1])
 
 
 def _by_tiles(x: jax.Array, w: jax.Array, sizes: jax.Array, precision: str | None) -> jax.Array:
@@ -143,14 +139,13 @@ def _by_tiles(x: jax.Array, w: jax.Array, sizes: jax.Array, precision: str | Non
   rows, tiles = x.shape[0], Tiles.of(x.shape[0], sizes)
   x = jnp.pad(x, ((0, tiles.side), (0, 0)))
 
-  def step(y: jax.Array, tile: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-    begin, _, group = tile
-    part = lax.dynamic_slice_in_dim(x, begin, tiles.side)
-    made = jnp.dot(part, w[group], precision=precision)
-    return lax.dynamic_update_slice_in_dim(y, made, begin, 0), None
+  def step(j: jax.Array, y: jax.Array) -> jax.Array:
+    part = lax.dynamic_slice_in_dim(x, tiles.begin[j], tiles.side)
+    made = jnp.dot(part, w[tiles.group[j]], precision=precision)
+    return lax.dynamic_update_slice_in_dim(y, made, tiles.begin[j], 0)
 
   y = jnp.zeros((rows + tiles.side, w.shape[2]), x.dtype)
-  return lax.scan(step, y, tiles.each)[0][:rows]
+  return lax.fori_loop(0, tiles.used, step, y)[:rows]
 
 
 def _outer_by_tiles(
@@ -159,10 +154,10 @@ def _outer_by_tiles(
   tiles = Tiles.of(x.shape[0], sizes)
   x, g = (jnp.pad(a, ((0, tiles.side), (0, 0))) for a in (x, g))
 
-  def step(total: jax.Array, tile: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-    begin, end, group = tile
+  def step(j: jax.Array, total: jax.Array) -> jax.Array:
+    begin = tiles.begin[j]
     part = lax.dynamic_slice_in_dim(x, begin, tiles.side)
-    part = jnp.where((begin + jnp.arange(tiles.side))[:, None] < end, part, 0)
+    part = jnp.where((begin + jnp.arange(tiles.side))[:, None] < tiles.end[j], part, 0)
     made = jnp.einsum(
       "td,tf->df",
       part,
@@ -170,7 +165,7 @@ def _outer_by_tiles(
       precision=precision,
       preferred_element_type=jnp.float32,
     )
-    return total.at[group].add(made), None
+    return total.at[tiles.group[j]].add(made)
 
   total = jnp.zeros((sizes.shape[0], x.shape[1], g.shape[1]), jnp.float32)
-  return lax.scan(step, total, tiles.each)[0]
+  return lax.fori_loop(0, tiles.used, step, total)
