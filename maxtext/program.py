@@ -39,6 +39,7 @@ COLUMNS = (
   "targets_position",
   "targets_segmentation",
 )
+HOST, DEVICE = "pinned_host", "device"  # kinds of memory
 TILE = 2**26  # bytes of float32 logits on a device, in the loss of an unsplit batch
 Batch = dict[str, jax.Array]
 
@@ -71,6 +72,10 @@ class Program:
     places = place_like(shapes, sharding.of(self.plan.declared, self.layout), whole)
     if own := self._moments:
       places = dataclasses.replace(places, opt_state=place_like(shapes.opt_state, own, whole))
+    if self.config.memory.optimizer_memory_host_offload:
+      host = lambda s, place: place.with_memory_kind(HOST) if s.ndim else place
+      opt_state = jax.tree.map(host, shapes.opt_state, places.opt_state)
+      places = dataclasses.replace(places, opt_state=opt_state)
     return jax.tree.map(
       lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
     )
@@ -110,9 +115,10 @@ class Program:
   @functools.cached_property
   def step(self) -> jax.stages.Wrapped:
     """(State, batch) -> (State, metrics); takes over the state's memory."""
-    train = steps.make_step(
-      self._loss, self.optimizer, self.schedule, _step_rules(self.config, self.spec, self._moments)
-    )
+    rules = _step_rules(self.config, self.spec, self._moments)
+    if self.config.memory.optimizer_memory_host_offload:
+      rules = dataclasses.replace(rules, near=self._at(DEVICE), far=self._at(HOST))
+    train = steps.make_step(self._loss, self.optimizer, self.schedule, rules)
 
     def placed(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
       with sharding.use(self.layout):
@@ -129,6 +135,14 @@ class Program:
     with sharding.use(self.layout):
       batch = _spread(batch, self.layout) if self.balanced else batch
       return self.objective(self.plan.merge(params), batch, key)
+
+  def _at(self, kind: str) -> Callable[[Any], Any]:
+    """opt_state -> the same in this kind of memory of the devices on which it stands."""
+
+    def moved(x: jax.Array, place: NamedSharding) -> jax.Array:
+      return jax.device_put(x, place.with_memory_kind(kind)) if x.ndim else x
+
+    return lambda opt_state: jax.tree.map(moved, opt_state, self.shardings.opt_state)
 
   def _fresh(self) -> State:
     with sharding.use(self.layout):
@@ -164,6 +178,7 @@ def build(
     )
   schedule = make_schedule(config.optimizer, config.training.steps)
   balanced = layout.ways(sharding.LENGTH) > 1 and config.kernel.balances
+  _check_memory(config, layout)
   for where, problem, *_ in unordered(config) if balanced else ():
     raise ConfigError(where, problem)
   return Program(
@@ -182,6 +197,14 @@ def build(
     optimizer=make_optimizer(config.optimizer, schedule),
     balanced=balanced,
   )
+
+
+def _check_memory(config: Config, layout: sharding.Layout) -> None:
+  platform = layout.mesh.devices.flat[0].platform
+  if config.memory.optimizer_memory_host_offload and platform == "cpu":
+    raise ConfigError(
+      "optimizer_memory_host_offload", "the memory of CPU devices is the host's already; use false"
+    )
 
 
 def _spread(batch: Batch, layout: sharding.Layout) -> Batch:

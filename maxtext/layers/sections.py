@@ -38,6 +38,7 @@ class Memory:
     "save_qkv_proj",
     "save_out_proj",
   ]
+  optimizer_memory_host_offload: bool
   num_vocab_tiling: Whole
 
 

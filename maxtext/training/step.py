@@ -17,6 +17,10 @@ Sums = dict[str, Any]  # Mean by name, and 'loads' of experts [l e] by the path 
 Loss = Callable[[Params, Batch, jax.Array | None], Sums]
 
 
+def _as_it_is(opt_state: Any) -> Any:
+  return opt_state
+
+
 @dataclasses.dataclass(frozen=True)
 class Rules:
   """What a step does besides descending.
@@ -26,7 +30,8 @@ class Rules:
   the state untouched where the flag of its kind is set; dropout is drawn from `seed` and the step.
   `mixtures` are the numbers of the layers that have experts, by the path of their block; of those
   that have a choice bias it goes by `bias_rate` towards equal loads, and never by a gradient. The
-  optimizer works on every parameter in its one of the `places`, if it has any.
+  optimizer works on every parameter in its one of the `places`, if it has any; `near` brings its
+  state to where it is computed with, `far` back to where it is kept.
   """
 
   accumulate: int = 1
@@ -39,6 +44,8 @@ class Rules:
   mixtures: Mapping[str, range] = dataclasses.field(default_factory=dict)
   bias_rate: float = 0.0
   places: Mapping[str, jax.sharding.Sharding] = dataclasses.field(default_factory=dict)
+  near: Callable[[Any], Any] = _as_it_is
+  far: Callable[[Any], Any] = _as_it_is
 
 
 def make_step(
@@ -64,9 +71,10 @@ def make_step(
 
     # a choice for every array instead would keep old and new ones of all of them
     def descend(state: State, grads: Params) -> State:
+      state = dataclasses.replace(state, opt_state=rules.near(state.opt_state))
       new = _descend(optimizer, scale, rules.places, state, grads)
-      biases = _biases(rules, state.params, loads)
-      return dataclasses.replace(new, params={**new.params, **biases})
+      params = new.params | _biases(rules, state.params, loads)
+      return dataclasses.replace(new, params=params, opt_state=rules.far(new.opt_state))
 
     new = jax.lax.cond(ok, descend, lambda state, grads: state, state, grads)
     metrics = {name: mean.value for name, mean in sums.items()}
