@@ -312,6 +312,19 @@ COMMAND_LINES = [
     ON_8 + "decoder_block=moe num_experts=6 ici_expert_parallelism=4",
     "num_experts: 6 experts cannot be split over expert 4; divisors are 1, 2, 3, 6",
   ),
+  (
+    ON_8 + "decoder_block=moe custom_mesh_and_rule=expert_as_context ici_fsdp_parallelism=1 "
+    "ici_expert_parallelism=8 max_target_length=20",
+    "max_target_length: 20 tokens cannot be split over expert 8; use a multiple of 8",
+  ),
+  (
+    ON_8 + "ici_tensor_sequence_parallelism=4 max_target_length=30",
+    "max_target_length: 30 tokens cannot be split over tensor_sequence 4; use a multiple of 4",
+  ),
+  (
+    ON_8 + "shard_optimizer_over_data=true",
+    "shard_optimizer_over_data: has an effect only with a parallelism over data",
+  ),
   # keys that contradict each other, or do nothing
   (
     "load_parameters_path=. load_full_state_path=.",
