@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from maxtext import config, estimate, program
+from maxtext.estimate.layouts import model_of
 
 COMMON = {
   "run_name": "memory",
@@ -103,3 +104,18 @@ def test_what_is_kept_grows_with_the_layers_and_the_tokens_and_nothing_else_does
   assert dataclasses.replace(more, activations=0, work=0) == dataclasses.replace(
     one, activations=0, work=0
   )
+
+
+@pytest.mark.parametrize(("length", "point"), [(16, "update"), (4096, "backward")])
+def test_an_optimizer_that_the_hosts_keep_is_there_for_the_update_alone(length, point):
+  def held(offload):
+    keys = COMMON | {"max_target_length": length, "optimizer_memory_host_offload": offload}
+    typed = [f"{key}={value}" for key, value in keys.items()]
+    model = model_of(config.load([*typed, "hardware=cpu", "devices=8"], {}))
+    rules = {name: tuple(axes) for name, axes in model.config.mesh.logical_axis_rules.items()}
+    return model.bytes(estimate.Parts(rules, {}), 16, 1)
+
+  near, far = held("false"), held("true")
+  state = near.params + near.optimizer + near.grads
+  assert far.total == max(near.total - near.optimizer, state)
+  assert far.point == point

@@ -18,7 +18,7 @@ from maxtext.estimate.flops import (
   step_flops,
 )
 from maxtext.estimate.memory import Bytes, Model, Parts
-from maxtext.program import Program
+from maxtext.program import HOST, Program
 from maxtext.specs import DecoderSpec
 
 __all__ = [
@@ -54,10 +54,13 @@ def of_step(built: Program) -> Bytes:
 
 
 def bytes_per_device(arrays: Any) -> int:
-  """What a tree of arrays, or of shapes with shardings, occupies on one device."""
+  """What a tree of arrays, or of shapes with shardings, occupies on one device, and not on its
+  host.
+  """
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(arrays)
+    if leaf.sharding.memory_kind != HOST
   )
 
 

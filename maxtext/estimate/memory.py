@@ -179,7 +179,7 @@ class Model:
       kept += further.layers * local.kept(further.block, self.policy(alone))
     points = self._points(local, tiles)
     point = max(points, key=lambda name: points[name])
-    return Bytes(
+    whole = Bytes(
       sum(here[name] * p.dtype.itemsize for name, p in self.params.items()),
       sum(share[name] * size for name, size in self.kept.items()),
       grads,
@@ -187,6 +187,10 @@ class Model:
       points[point],
       point,
     )
+    if not self.config.memory.optimizer_memory_host_offload:
+      return whole
+    update = dataclasses.replace(whole, activations=0, work=0, point="update")
+    return max(dataclasses.replace(whole, optimizer=0), update, key=lambda held: held.total)
 
   def _points(self, local: _Local, tiles: int) -> dict[str, int]:
     """Bytes that only one point of the step has, by its name."""
