@@ -220,7 +220,7 @@ class Run:
       if FACTS not in extra:
         problem = "was converted, and no run has saved it; name it by load_parameters_path instead"
         raise CheckpointError(f"{self.checkpoints.directory}/{newest} {problem}")
-      resume.check(self.config, extra, self.devices)
+      hosts.first(lambda: resume.check(self.config, extra, self.devices))
       return newest, resume.ended(self.config, extra, newest)
     if damaged := self.checkpoints.damaged():
       raise CheckpointError(

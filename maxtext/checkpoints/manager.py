@@ -127,9 +127,11 @@ class Checkpoints:
       log.error(str(failure))
 
   def steps(self) -> tuple[int, ...]:
-    """The steps that are whole, ascending: complete, and every byte as it was written."""
+    """The steps that are whole, ascending: complete, and every byte as it was written; the same in
+    every process.
+    """
     self._join()
-    return self._folder.steps()
+    return tuple(hosts.first(lambda: list(self._folder.steps())))
 
   def newest(self) -> int | None:
     """The newest whole step, the same in every process; a line says what was passed over."""

@@ -12,7 +12,7 @@ from end_to_end.runs import Run, module
 
 SMALL = ("base_num_decoder_layers=1", "base_mlp_dim=32", "eval_interval=-1", "max_target_length=16")
 HASTE = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
-ONE_DEVICE = ("devices=1", "jax_distributed_heartbeat_timeout_seconds=8")
+ONE_DEVICE = ("devices=1", "jax_distributed_heartbeat_timeout_seconds=12")
 
 
 def ended(processes):
