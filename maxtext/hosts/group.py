@@ -44,10 +44,11 @@ class Group:
     self._known: UserError | None = None
     seconds = hosts.jax_distributed_initialization_timeout
     self._service = self._join(seconds if error is None else min(seconds, TO_TELL))
-    self._service.write(f"{HOSTS}/{place.id}", socket.gethostname())
-    while len(self._service.below(HOSTS)) < place.count:
-      time.sleep(0.1)
     self.watch.start(self._service)
+    self._service.write(f"{HOSTS}/{place.id}", socket.gethostname())
+    while len(names := self._service.below(HOSTS)) < place.count:
+      time.sleep(0.1)
+    self.watch.names = names
 
   def first(self, decide: Callable[[], Any]) -> Any:
     """What `decide` returns in process 0, as JSON has it, or the UserError it raises: in each."""

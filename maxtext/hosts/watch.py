@@ -34,14 +34,14 @@ class Watch:
     self.place, self.before_end = place, list[Callable[[], None]]()
     self._timeout = timeout
     self._service: Service | None = None
-    self._names: dict[str, str] = {}
+    self.names: dict[str, str] = {}  # of the hosts, by process
     self._leaving, self._ending = threading.Event(), threading.Lock()
     self._silent = 0  # looks at the board that brought no answer
     self._step = threading.Lock()
     self._finished, self._last, self._asked, self.stopped_by = -1, -1, "", ""
 
   def start(self, service: Service) -> None:
-    self._service, self._names = service, service.below(HOSTS)
+    self._service = service
     watches = [self._read_news, self._count_the_living]
     if self.place.id:
       watches.append(self._mind_the_silence)
@@ -144,5 +144,5 @@ class Watch:
     return f"{line}; start all again, and the run goes on", Restart.exit_code
 
   def _name(self, process: int) -> str:
-    host = self._names.get(str(process))
+    host = self.names.get(str(process))
     return f"process {process} of {self.place.count}" + (f" (on {host})" if host else "")
