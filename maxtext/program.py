@@ -72,7 +72,7 @@ class Program:
     places = place_like(shapes, sharding.of(self.plan.declared, self.layout), whole)
     if own := self._moments:
       places = dataclasses.replace(places, opt_state=place_like(shapes.opt_state, own, whole))
-    if self.config.memory.optimizer_memory_host_offload:
+    if self.config.optimizer.optimizer_memory_host_offload:
       host = lambda s, place: place.with_memory_kind(HOST) if s.ndim else place
       opt_state = jax.tree.map(host, shapes.opt_state, places.opt_state)
       places = dataclasses.replace(places, opt_state=opt_state)
@@ -116,7 +116,7 @@ class Program:
   def step(self) -> jax.stages.Wrapped:
     """(State, batch) -> (State, metrics); takes over the state's memory."""
     rules = _step_rules(self.config, self.spec, self._moments)
-    if self.config.memory.optimizer_memory_host_offload:
+    if self.config.optimizer.optimizer_memory_host_offload:
       rules = dataclasses.replace(rules, near=self._at(DEVICE), far=self._at(HOST))
     train = steps.make_step(self._loss, self.optimizer, self.schedule, rules)
 
@@ -201,7 +201,7 @@ def build(
 
 def _check_memory(config: Config, layout: sharding.Layout) -> None:
   platform = layout.mesh.devices.flat[0].platform
-  if config.memory.optimizer_memory_host_offload and platform == "cpu":
+  if config.optimizer.optimizer_memory_host_offload and platform == "cpu":
     raise ConfigError(
       "optimizer_memory_host_offload", "the memory of CPU devices is the host's already; use false"
     )

@@ -187,7 +187,7 @@ class Model:
       points[point],
       point,
     )
-    if not self.config.memory.optimizer_memory_host_offload:
+    if not self.config.optimizer.optimizer_memory_host_offload:
       return whole
     update = dataclasses.replace(whole, activations=0, work=0, point="update")
     return max(dataclasses.replace(whole, optimizer=0), update, key=lambda held: held.total)

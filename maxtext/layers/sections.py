@@ -38,7 +38,6 @@ class Memory:
     "save_qkv_proj",
     "save_out_proj",
   ]
-  optimizer_memory_host_offload: bool
   num_vocab_tiling: Whole
 
 

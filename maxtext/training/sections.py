@@ -57,6 +57,7 @@ class Optimizer:
   adamw_mask: tuple[str, ...]
   mu_dtype: Literal["float32", "bfloat16"] | None
   gradient_clipping_threshold: NotNegative
+  optimizer_memory_host_offload: bool
 
   def complaints(self) -> Iterator[tuple[str, ...]]:
     for beta in ("adam_b1", "adam_b2"):

@@ -33,6 +33,7 @@ SECTION = Optimizer(
   adamw_mask=("norm", "bias"),
   mu_dtype=None,
   gradient_clipping_threshold=1.0,
+  optimizer_memory_host_offload=False,
 )
 
 
