@@ -16,12 +16,13 @@ from maxtext.layers.merging import Plan
 from maxtext.layers.params import Compute
 from maxtext.masks import Mask
 
+VOCABULARY = 128  # of a preset that takes its tokenizer's
 FAST = ("gemma3-27b", "deepseek3-671b", "gpt-oss-120b", "llama4-17b-16e")
 
 
 def check(name: str) -> None:
   loaded = config.load([f"model_name={name}"], {}, purpose="decode")
-  spec = loaded.decoder()
+  spec = loaded.decoder(VOCABULARY)
   plan = Plan.of(functools.partial(Decoder, spec, Compute(kernel="dot_product"), loaded.memory))
   assert sum(math.prod(p.shape) for p in plan.declared.values()) == estimate.parameter_count(spec)
   params = {path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in plan.declared.items()}
