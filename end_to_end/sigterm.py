@@ -1,4 +1,6 @@
-"""SIGTERM saves and ends with 0, and the same command goes on; a second one ends at once."""
+"""SIGTERM saves and ends with 0, or as asked, and the same command goes on; a second one ends at
+once.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,11 @@ def stopped_run_goes_on(parent: Path) -> None:
   output, last = process.ends(0), process.step()
   check("resume" in output.splitlines()[-1], f"no word of how to go on:\n{process.tail()}")
   check(run.checkpoints() == {str(last + 1)}, f"after step {last}: saved {run.checkpoints()}")
-  again = run.start()
+  again = run.start("exit_code_when_stopped=75")
   again.reach(0)
   first = next(line for line in again.lines if line.startswith("completed step: "))
   again.send(signal.SIGTERM)
-  again.ends(0)
+  again.ends(75)
   check(first.startswith(f"completed step: {last + 1},"), f"stopped after {last}, then: {first}")
   print(f"  SIGTERM: saved after step {last}, went on with {last + 1}")
 

@@ -16,13 +16,16 @@ ASKING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Early:
-  """While it is entered, and until a Stop is, SIGTERM and Ctrl-C end the process at once, with 0:
-  nothing has been done that could be saved, and every file is written whole or not at all.
+  """While it is entered, and until a Stop is, SIGTERM and Ctrl-C end the process at once, with
+  `code`: nothing has been done that could be saved, and every file is written whole or not at all.
 
   Also where the main thread is in a compiler, and Python's own handlers wait: a thread is woken.
   """
 
   now: Early | None = None  # the one that is entered
+
+  def __init__(self, code: int = 0):
+    self.code = code
 
   def __enter__(self) -> Early:
     read, self._write = os.pipe()
@@ -52,8 +55,8 @@ class Early:
         said += "; the same command resumes it"
         with contextlib.suppress(OSError):
           os.write(sys.stdout.fileno() if hosts.is_first() else 2, f"{said}\n".encode())
-        hosts.say_end(said, 0)
-        os._exit(0)
+        hosts.say_end(said, self.code)
+        os._exit(self.code)
     os.close(read)
 
   def _late(self, number: int, _frame: FrameType | None) -> None:

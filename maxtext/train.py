@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 from maxtext import config, hardware, hosts, signals
-from maxtext.errors import ConfigError, run_cli
+from maxtext.errors import ConfigError, Restart, run_cli
 
 USAGE = """\
 usage: python -m train CONFIG.yml [key=value ...]
@@ -27,8 +27,10 @@ def main(argv: list[str]) -> int:
   if not argv or {"-h", "--help"} & set(argv):
     print(USAGE)
     return 0 if argv else 2
-  with signals.Early():
+  again = f"exit_code_when_stopped={Restart.exit_code}" in argv  # known before all else is
+  with signals.Early(Restart.exit_code if again else 0) as early:
     loaded, place = _load(argv)
+    early.code = loaded.hosts.exit_code_when_stopped
     from maxtext import trainer  # imports jax: not before the configuration is known to be right
 
     return trainer.train(loaded, place)

@@ -206,7 +206,8 @@ class Run:
         self.save(end.finished, end.state)
       self.save.checkpoints.close()
     self._farewell(end, None if evaluate is None else evaluate.last, stop)
-    return 0
+    done = end.finished == self.config.training.steps or end.why in ("data", "hook")
+    return self.config.hosts.exit_code_when_stopped if stop.by and not done else 0
 
   def _newest(self) -> tuple[int | None, str]:
     """The newest whole checkpoint of this run, if the run it belongs to is this one, and why it has

@@ -24,6 +24,7 @@ class Hosts:
   jax_distributed_initialization_timeout: Count
   jax_distributed_heartbeat_timeout_seconds: Annotated[int, Bound(4, LARGEST)]
   skip_jax_distributed_system: bool
+  exit_code_when_stopped: Annotated[int, Bound(0, 255)]
 
   def complaints(self) -> Iterator[tuple[str, ...]]:
     address, count, number = (getattr(self, key) for key in PLACE)
