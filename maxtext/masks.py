@@ -26,7 +26,8 @@ class Mask:
   `window` (`q - window < k`); and `chunk` (both in the same chunk of so many positions).
 
   `ordered` claims that queries and keys are the same tokens, each document in one piece, and its
-  positions one apart: then the slots in which tokens stand say what a static schedule needs.
+  positions one apart: then the slots in which tokens stand say what a static schedule needs. Keys
+  that are `cached` stand in a cache, whose slots a mesh may split.
   """
 
   q_pos: jax.Array
@@ -40,6 +41,7 @@ class Mask:
   chunk: int | None = _static(None)
   block: int | None = _static(None)
   ordered: bool = _static(False)
+  cached: bool = _static(False)
 
   @classmethod
   def of(
@@ -68,7 +70,7 @@ class Mask:
   ) -> Mask:
     """The same queries over other keys [b s], those that a cache holds."""
     other = dataclasses.replace(self, kv_pos=positions, kv_seg=segments, kv_span=spans)
-    return dataclasses.replace(other, ordered=False).marked()
+    return dataclasses.replace(other, ordered=False, cached=False).marked()
 
   def marked(self) -> Mask:
     """The same mask with segments and spans given for queries and keys alike, or for neither."""

@@ -34,10 +34,12 @@ WORKING = (
   "fsdp_transpose",
   "sequence",
   "context",
+  "context_autoregressive",
   "tensor",
   "tensor_transpose",
   "tensor_sequence",
   "expert",
+  "autoregressive",
 )
 
 

@@ -22,6 +22,7 @@ from maxtext.errors import ConfigError, closest
 
 Axes = Sequence[str | None]
 LENGTH = "activation_length"
+SLOTS = "cache_sequence"  # of a cache
 STREAM = ("activation_batch", "activation_norm_length", "activation_embed")  # between layers
 Entry = str | tuple[str, ...] | None  # of a PartitionSpec: the mesh axes of one dimension
 

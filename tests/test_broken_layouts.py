@@ -302,7 +302,21 @@ BROKEN = [
   ),
   # what is not there yet, or does nothing
   (ways(diloco=2), "parallelism over 'diloco' is not there yet; use 1", ways(diloco=1)),
-  (ways(autoregressive=2), "'autoregressive' is not there yet; use 1", ways(autoregressive=1)),
+  (
+    ways(autoregressive=8),
+    "4 query heads cannot be split over autoregressive 8; divisors are 1, 2, 4",
+    ways(autoregressive=2),
+  ),
+  (
+    f"{ways(context_autoregressive=8)} max_target_length=36",
+    "36 tokens cannot be split over context_autoregressive 8; use a multiple of 8",
+    "max_target_length=80",
+  ),
+  (
+    f"{ways(context_autoregressive=2)} attention=dot_product",
+    "a cache that 'context_autoregressive' splits is attended by 'blockwise', not by 'dot_product'",
+    "attention=autoselected",
+  ),
   (
     "shard_optimizer_over_data=true",
     "has an effect only with a parallelism over data",

@@ -67,6 +67,9 @@ LAYOUTS = {
   "megatron_sp": ("custom_mesh_and_rule=megatron_sp", *ways(data=2, fsdp=2, tensor=2)),
   "data 4 tensor 2, zero": (*ways(data=4, tensor=2), ZERO),
   "data 2 fsdp 4, zero": (*ways(data=2, fsdp=4), ZERO),
+  "fsdp 2 context_autoregressive 2 autoregressive 2": ways(
+    fsdp=2, context_autoregressive=2, autoregressive=2
+  ),
   "tensor_sequence 2 fsdp 4": ways(tensor_sequence=2, fsdp=4),
   "data 2 fsdp 2 tensor_sequence 2": ways(data=2, fsdp=2, tensor_sequence=2),
 }

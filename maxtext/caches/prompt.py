@@ -12,6 +12,7 @@ from maxtext.caches.slabs import Storage
 from maxtext.caches.store import Size, joined
 from maxtext.errors import ConfigError
 from maxtext.masks import Mask
+from maxtext.sharding import SLOTS, active
 
 Mode = Literal["prefill", "autoregressive"]
 
@@ -87,8 +88,9 @@ def bounded(
   size: Size, rows: int, slots: int, storage: Storage, reach: int | None = None
 ) -> DenseCache:
   """A cache for tokens that are seen by the `reach` - 1 after them (None: by all): of all `slots`,
-  or a ring of fewer.
+  or a ring of fewer, which a mesh that splits them divides.
   """
-  if reach is not None and reach < slots:
-    return RingCache.empty(size, rows, reach, storage)
+  ways = layout.ways(SLOTS) if (layout := active()) else 1
+  if reach is not None and (ring := -(-reach // ways) * ways) < slots:
+    return RingCache.empty(size, rows, ring, storage)
   return DenseCache.empty(size, rows, slots, storage)

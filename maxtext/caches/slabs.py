@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from maxtext.errors import ConfigError
 from maxtext.kernels.held import BLOCK, Held
-from maxtext.sharding import Layout, constrain
+from maxtext.sharding import SLOTS, Layout, active, constrain
 from maxtext.specs import CacheQuantSpec
 
 _CODES = {  # format -> how it is stored, and its greatest number
@@ -113,6 +114,9 @@ class Slab:
 
   def put(self, x: jax.Array, layer: jax.Array, slot: jax.Array | int) -> Slab:
     """With x [b t ...] in all rows of a layer, from `slot` on."""
+    if self._split:
+      slots = slot + jnp.arange(x.shape[1], dtype=jnp.int32)
+      return self.scatter(x, layer, jnp.broadcast_to(slots, x.shape[:2]))
 
     def write(whole: jax.Array, new: jax.Array) -> jax.Array:
       starts = [layer, *(slot if i == 1 else 0 for i in self.order)]
@@ -174,9 +178,14 @@ class Slab:
 
   def _names(self, x: Any) -> tuple[str | None, ...]:
     """The logical axes of x, data or scale: rows and heads as activations are."""
-    names = (self.rows, None, *_REST)
+    names = (self.rows, self.rows and SLOTS, *_REST)
     axes = [None if x.shape[1 + at] == 1 else names[i] for at, i in enumerate(self.order)]
     return "layers", *axes
+
+  @property
+  def _split(self) -> tuple[str, ...]:
+    """The mesh axes that split the slots of rows."""
+    return layout.splits(SLOTS) if (layout := active()) and self.rows else ()
 
   def _placed(self) -> Slab:
     return jax.tree.map(lambda x: constrain(x, *self._names(x)), self)
@@ -207,12 +216,32 @@ class Slab:
     indices = jnp.stack([jnp.broadcast_to(i, shape).astype(jnp.int32) for i in index], -1)
     rest = [i for i in self.order if i > 1]
 
-    def write(whole: jax.Array, new: jax.Array) -> jax.Array:
-      new = lax.transpose(new, (0, 1, *rest))
+    def put(whole: jax.Array, new: jax.Array, indices: jax.Array) -> jax.Array:
       mode = lax.GatherScatterMode.FILL_OR_DROP
       return lax.scatter(whole, indices, new, numbers, mode=mode, unique_indices=True)
 
+    def write(whole: jax.Array, new: jax.Array) -> jax.Array:
+      return self._by_part(put, whole, lax.transpose(new, (0, 1, *rest)), indices)
+
     return self._with(x, write)
+
+  def _by_part(self, put: Any, whole: jax.Array, new: jax.Array, indices: jax.Array) -> jax.Array:
+    """put(whole, new, indices), by each device in those of its slots that the last index names."""
+    if not (axes := self._split):
+      return put(whole, new, indices)
+
+    def own(whole: jax.Array, new: jax.Array, indices: jax.Array) -> jax.Array:
+      first = lax.axis_index(axes) * whole.shape[self._axis(1)]
+      return put(whole, new, indices.at[..., -1].add(-first))
+
+    layout, names = active(), self._names(whole)
+    assert layout is not None
+    place = layout.sharding(names, whole.shape).spec
+    rows, *more = (place[self._axis(i)] for i in (0, *(i for i in self.order if i > 1)))
+    parts = (place, PartitionSpec(rows, None, *more), PartitionSpec(rows))
+    return jax.shard_map(own, mesh=layout.mesh, in_specs=parts, out_specs=place, check_vma=False)(
+      whole, new, indices
+    )
 
 
 def _shared(quant: CacheQuantSpec) -> tuple[int, ...]:

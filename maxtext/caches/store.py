@@ -42,7 +42,8 @@ class Tokens:
 
   def answer(self, mask: Mask) -> Answer:
     """Them, and who of the mask's queries sees them."""
-    return self.keys, self.values, mask.over(self.positions, self.segments, self.spans)
+    mask = mask.over(self.positions, self.segments, self.spans)
+    return self.keys, self.values, dataclasses.replace(mask, cached=True)
 
   def where(self, filled: jax.Array) -> Tokens:
     """The same, of which only those in `filled` [b s] are there."""

@@ -42,6 +42,7 @@ def of_run(config: Config, purpose: Purpose, environ: Mapping[str, str]) -> Iter
   yield from _names(config)
   yield from _prompts(config)
   yield from _virtual_devices(config, environ)
+  yield from _cached(config)
   if purpose == "train":
     yield from _batch_size(config)
     yield from _tiles(config)
@@ -69,6 +70,16 @@ def _rules(config: Config) -> Iterator[Problem]:
       if lost := [axis for axis in given if axis not in axes]:
         problem = f"{name} names {lost[0]!r}, which mesh_axes does not"
         yield RULES, f"{problem}; add it there, or leave it out of the rule", "mesh_axes"
+
+
+def _cached(config: Config) -> Iterator[Problem]:
+  """A kernel that cannot attend a cache whose slots the mesh splits."""
+  mesh, kernel = config.mesh, config.kernel.attention
+  axes = mesh.logical_axis_rules.get("cache_sequence", ())
+  keys = [key for axis in axes for key in mesh.keys(axis) if getattr(mesh, key) != 1]
+  if keys and kernel not in ("autoselected", "blockwise"):
+    problem = f"a cache that {axes[0]!r} splits is attended by 'blockwise', not by {kernel!r}"
+    yield "attention", f"{problem}; use autoselected", *keys
 
 
 def _unused(config: Config) -> Iterator[Problem]:

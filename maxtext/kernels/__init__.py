@@ -10,15 +10,15 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from maxtext import sharding
 from maxtext.errors import ConfigError, closest
 from maxtext.kernels.context import attend_split
 from maxtext.kernels.held import Held, dense
 from maxtext.kernels.options import Blocks as Blocks
 from maxtext.kernels.options import Options
-from maxtext.kernels.split import length_is_split
+from maxtext.kernels.split import is_split
 from maxtext.log import log
 from maxtext.masks import Mask
-from maxtext.sharding import platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +108,15 @@ def attend(
   if name != "autoselected" and name not in _kernels:
     known = ", ".join(["autoselected", *_kernels])
     raise ConfigError("attention", f"{name!r} is not a kernel{closest(name, _kernels)} ({known})")
-  apart = options.context is not None and length_is_split()
-  if apart or name not in _reads_held:
+  apart = options.context is not None and is_split(sharding.LENGTH)
+  in_parts = mask.cached and is_split(sharding.SLOTS)
+  if apart or in_parts or name not in _reads_held:
     k, v = dense(k), dense(v)
   case: Any = (q, k, v, mask.marked(), scores, sink, seed if scores.dropout else None)
   if apart:
     return attend_split(options, functools.partial(attend, options), case)
+  if in_parts:
+    return cached.attend_cached(name, case)
   if name == "autoselected":
     name = _choose(*case)
   kernel, unfit = _kernels[name]
@@ -125,10 +128,12 @@ def attend(
 
 def _choose(q: jax.Array, k: jax.Array, *rest: Any) -> str:
   """The first fit kernel in the order of preference for this shape, said once of each kernel."""
-  tiles = q.shape[1] >= FEW and q.shape[1] * k.shape[1] >= LONG.get(platform(), LONG["elsewhere"])
+  tiles = q.shape[1] >= FEW and q.shape[1] * k.shape[1] >= LONG.get(
+    sharding.platform(), LONG["elsewhere"]
+  )
   order = ["blockwise", "dot_product"] if tiles else ["dot_product", "blockwise"]
   if q.shape[1] >= FEW:
-    order = [*FAST.get(platform(), ()), *order]
+    order = [*FAST.get(sharding.platform(), ()), *order]
   passed: list[str] = []
   for name in order:
     if (why := _kernels[name][1](q, k, *rest)) is None:
@@ -150,6 +155,7 @@ FAST = {"tpu": ["flash"], "gpu": ["cudnn_flash"]}  # kernels of the hardware's o
 from maxtext.kernels import (  # noqa: E402, F401  (they register themselves)
   all_gather,
   blockwise,
+  cached,
   cudnn,
   dot_product,
   ragged,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
@@ -12,11 +13,9 @@ from maxtext import sharding
 from maxtext.masks import Mask
 
 
-def length_is_split() -> bool:
-  """Whether the layout in use splits the length, and this is not yet a device's part."""
-  layout = _whole()
-  axes = () if layout is None else layout.rules.table.get("activation_length", ())
-  return layout is not None and any(layout.mesh.shape.get(axis, 1) > 1 for axis in axes)
+def is_split(axis: str) -> bool:
+  """Whether the layout in use splits this logical axis, and this is not yet a device's part."""
+  return (layout := _whole()) is not None and layout.ways(axis) > 1
 
 
 def _whole() -> sharding.Layout | None:
@@ -34,13 +33,20 @@ class Split:
   kv: PartitionSpec
 
   @classmethod
-  def of(cls, q: jax.Array, k: jax.Array) -> Split | None:
-    """The split of q and k, or None where they are whole: on one device, or already its part."""
+  def of(cls, q: jax.Array, k: jax.Array, slots: str | None = None) -> Split | None:
+    """The split of q and k, or None where they are whole: on one device, or already its part.
+
+    With `slots`, the logical axis of the keys' length, all queries are on every device that has
+    some of them. A lone key head is whole: all query heads meet it.
+    """
     if (layout := _whole()) is None:
       return None
+    keys = "activation_kv_heads" if k.shape[2] > 1 else None
+    lengths = (None, slots) if slots else (sharding.LENGTH,) * 2
+    sides = (q, lengths[0], "activation_heads", "query"), (k, lengths[1], keys, "key")
     specs = (
-      layout.sharding(("activation_batch", "activation_length", heads, None), x.shape, name).spec
-      for x, heads, name in ((q, "activation_heads", "query"), (k, "activation_kv_heads", "key"))
+      layout.sharding(("activation_batch", length, heads, None), x.shape, name).spec
+      for x, length, heads, name in sides
     )
     return cls(layout.mesh, *specs)
 
@@ -78,11 +84,14 @@ class Split:
 
     Manual over the whole mesh: what is not split is on every device that shares it.
     """
-    marks, heads = PartitionSpec(*self.q[:2]), PartitionSpec(self.q[2])
+    sides, heads = {"q": self.q, "kv": self.kv}, PartitionSpec(self.q[2])
+    marks: dict[str, Any] = {
+      f"{s}_{m}": PartitionSpec(*sides[s][:2]) for s in sides for m in ("pos", "seg", "span")
+    }
     return jax.shard_map(
       kernel,
       mesh=self.mesh,
-      in_specs=(self.q, self.kv, self.kv, marks, heads),
+      in_specs=(self.q, self.kv, self.kv, dataclasses.replace(mask, **marks), heads),
       out_specs=self.q,
       check_vma=False,  # neither Pallas calls nor loops that start from constants pass the check
     )(q, k, v, mask, sink)

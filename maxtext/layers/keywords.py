@@ -318,7 +318,7 @@ class Keywords:
     for name, axes in pairs:
       axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
       table.setdefault(name, tuple(axis for axis in axes if axis in self.mesh.shape))
-    return sharding.Layout(self.mesh, sharding.Rules(table))
+    return sharding.Layout(self.mesh, sharding.Rules({sharding.SLOTS: ()} | table))
 
 
 def check_mode(mode: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -148,7 +149,8 @@ class Engine:
   def _sizes(self, prompts: Sequence[Sequence[int]], length: int) -> Sizes:
     ways = self.layout.batch_ways
     prompt = bucket(max(map(len, prompts)))
-    rows, slots = -(-len(prompts) // ways) * ways, -(-(prompt + length - 1) // SLOTS) * SLOTS
+    unit = math.lcm(SLOTS, self.layout.ways(sharding.SLOTS))
+    rows, slots = -(-len(prompts) // ways) * ways, -(-(prompt + length - 1) // unit) * unit
     return Sizes(rows, prompt, slots)
 
   def _shapes(self, sizes: Sizes) -> Columns:

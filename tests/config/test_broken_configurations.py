@@ -459,8 +459,8 @@ COMMAND_LINES = [
     "ici_pipeline_parallelism: 2: parallelism over 'stage' is not there yet; use 1",
   ),
   (
-    "dcn_autoregressive_parallelism=-1",
-    "dcn_autoregressive_parallelism: -1: parallelism over 'autoregressive' is not there yet",
+    "dcn_diloco_parallelism=-1",
+    "dcn_diloco_parallelism: -1: parallelism over 'diloco' is not there yet",
   ),
   ("mesh_axes=[data,fsdp,data]", "mesh_axes: 'data' stands twice; name each axis once"),
   ("mesh_axes=[data,tensr]", "mesh_axes: 'tensr' is not known, did you mean 'tensor'?"),

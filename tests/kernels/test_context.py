@@ -1,5 +1,6 @@
 """Every way to attend over a length that is split equals one device, with gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -26,6 +27,7 @@ RULES = sharding.Rules(
   {
     "activation_batch": ("fsdp",),
     "activation_length": ("sequence", "context"),
+    "cache_sequence": ("sequence", "context"),
     "activation_heads": ("tensor",),
     "activation_kv_heads": ("tensor",),
   }
@@ -125,6 +127,27 @@ def test_a_split_length_equals_one_device(strategy, case):
 def test_heads_and_rows_may_be_split_beside_the_length(strategy, mesh):
   case = "window, sinks, soft cap"
   assert_equal(run(Options(context=strategy), draw(), *CASES[case], layout(mesh)), truth(case))
+
+
+@pytest.mark.parametrize("groups", [GROUPS, 1])
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if "tensor" in mesh])
+def test_a_cache_in_parts_equals_one_device(mesh, groups):
+  """For the last queries, of which one row has none; part of the slots is seen by nobody."""
+  mask, scores, sink = CASES["window, sinks, soft cap"]
+  q, k, v, _ = draw(groups=groups)
+  held = dataclasses.replace(
+    mask, q_pos=mask.q_pos[:, -8:], q_seg=mask.q_seg[:, -8:], ordered=False, cached=True
+  )
+
+  def attended(place, kernel):
+    with sharding.use(place):
+      run = jax.jit(lambda q, k, v, mask, sink: attend(kernel, q, k, v, mask, scores, sink))
+      return run(q[:, -8:], k, v, held, sink)
+
+  ours, theirs = attended(layout(mesh), "autoselected"), attended(None, "dot_product")
+  assert_equal([ours], [theirs])
+  with pytest.raises(ConfigError, match="computed by 'blockwise', not by 'dot_product'"):
+    attended(layout(mesh), "dot_product")
 
 
 @pytest.mark.parametrize("kernel", ["dot_product", "blockwise"])

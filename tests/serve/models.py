@@ -26,7 +26,10 @@ from maxtext.specs import (
 
 VOCAB, WIDTH, POSITIONS = 64, 32, 48
 LONGEST = 48  # tokens of a row in these tests
-AXES = ("data", "fsdp", "fsdp_transpose", "context", "tensor")
+AXES = (
+  *("data", "fsdp", "fsdp_transpose", "context", "context_autoregressive"),
+  *("tensor", "autoregressive"),
+)
 DEFAULTS = config.load([], {})
 
 
@@ -83,7 +86,8 @@ def _one_pass(name):
 @functools.cache
 def build(name, scan=True, policy="none", **sizes):
   memory = Memory(scan_layers=scan, remat_policy=policy, num_vocab_tiling=1)
-  spec, compute = SPECS[name], Compute(kernel="dot_product")
+  spec, split = SPECS[name], "context_autoregressive" in sizes
+  compute = Compute(kernel="autoselected" if split else "dot_product")
   plan = Plan.of(functools.partial(Decoder, spec, compute, memory))
   shape = [sizes.get(axis, 1) for axis in AXES]
   devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from maxtext import hlo
 from maxtext.caches.slabs import Slab
 from maxtext.errors import ConfigError
 from maxtext.serve.engine import Engine, bucket
@@ -31,6 +32,7 @@ def engine(decode):
   return make
 
 
+SPLIT = {"data": 2, "context_autoregressive": 2, "autoregressive": 2}
 WEIGHTED = {"decode_sampling_strategy": "weighted", "decode_seed": 5}
 
 
@@ -55,13 +57,27 @@ def test_what_a_row_gets_does_not_depend_on_its_batch(model, engine):
 
 @pytest.mark.parametrize(
   "sizes",
-  [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 4, "tensor": 2}],
+  [
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"context": 4, "tensor": 2},
+    SPLIT,
+  ],
   ids=str,
 )
 def test_every_mesh_generates_alike_with_fewer_rows_than_devices(model, engine, sizes):
   one, many = model("mixed"), model("mixed", **sizes)
   want = engine(one, **WEIGHTED).generate(one.params, PROMPTS, 12)
   assert engine(many, **WEIGHTED).generate(many.params, PROMPTS, 12) == want
+
+
+def test_slots_of_a_cache_that_is_split_stay_where_they_are(model, engine):
+  many = model("mixed", **SPLIT)
+  own = engine(many, **WEIGHTED)
+  sizes = own.compile(many.params, PROMPTS, 170)  # 128 slots on a device; nothing else is as long
+  sent = hlo.collectives(own._compiled[sizes][1].as_text(), many.layout.mesh.shape)
+  shapes = {s for one in sent if "context_autoregressive" in one.axes for s in one.shapes}
+  assert sizes.slots == 256 and shapes and not any({128, 256} & set(shape) for shape in shapes)
 
 
 def test_a_row_ends_with_eos_and_the_others_go_on(model, engine):
