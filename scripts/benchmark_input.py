@@ -22,8 +22,8 @@ from grain import experimental
 
 from maxtext import config
 from maxtext.data.corpus import Tokens
-from maxtext.data.packing import BINS
 from maxtext.data.pipeline import open_corpus, train_batches
+from maxtext.data.plans import BINS
 from maxtext.data.sections import Data
 
 PACKINGS = (

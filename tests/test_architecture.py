@@ -45,8 +45,6 @@ NAMELESS = {"utils", "util", "common", "helpers", "helper", "types", "misc", "ba
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore"}
 # Their signatures are given, whatever their length; their bodies are held to the limits.
 PUBLISHED = {("layers", "Attention.__init__"), ("layers", "Attention.__call__")}
-# Grain takes 0.4 s to import: it is imported in the thread that needs it, while the step compiles.
-DEFERRED = {("data", "train_batches"), ("data", "eval_batches")}
 
 LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
 
@@ -165,7 +163,7 @@ def late_imports(m: Module) -> Iterator[str]:
   if m.package not in ENTRY_POINTS:
     for name, function in functions(m.tree):
       for top, package in m.imports(within=function):
-        if top == "maxtext" and (m.package, name) not in DEFERRED:
+        if top == "maxtext":
           yield f"{name} imports {package} when it is called"
 
 

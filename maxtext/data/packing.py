@@ -1,4 +1,4 @@
-"""Documents -> rows of `length` tokens, through Grain.
+"""Documents -> rows of `length` tokens.
 
 A document of n tokens is n - 1 pairs (input, target), the target being the token after the input:
 no row has to look beyond its end, and no target belongs to another document. A row holds pairs:
@@ -12,20 +12,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import grain
 import numpy as np
-from grain import experimental
 
+from maxtext.data import plans
 from maxtext.data.batches import COLUMNS, Row, Stream
 from maxtext.data.corpus import Tokens
+from maxtext.data.errors import Damaged
 from maxtext.data.permutation import permutation
+from maxtext.data.plans import Draws, Span
 from maxtext.data.sections import Data
 from maxtext.data.synthetic import Noise
-
-# Rows that first_fit and best_fit fill at a time. Not the batch: rows must not depend on its size.
-BINS = 64
 
 
 def training_rows(source: Tokens | Noise, data: Data, length: int) -> Stream:
@@ -41,26 +40,22 @@ def evaluation_rows(source: Tokens | Noise, data: Data, length: int) -> Stream:
 
 def _rows(source: Tokens | Noise, data: Data, length: int, passes: Passes) -> Stream:
   if isinstance(source, Noise):
-    return Indexed(grain.MapDataset.source(NoiseRows(source, length)))
+    return Indexed(NoiseRows(source, length))
   if data.packing and data.grain_packing_type == "concat_then_split":
-    return Indexed(grain.MapDataset.source(Ordered(SplitRows(source, length), passes)))
-  pieces = grain.MapDataset.source(Ordered(Pieces(source, length), passes))
+    return Indexed(Ordered(SplitRows(source, length), passes))
+  pieces = Ordered(Pieces(source, length), passes)
   if not data.packing:
-    return Indexed(pieces.map(lambda piece: _padded(piece["pairs"], length)))
-  pack = {
-    "first_fit": experimental.FirstFitPackIterDataset,
-    "best_fit": experimental.BestFitPackIterDataset,
-  }[data.grain_packing_type]
-  unthreaded = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # the tokens are in memory
-  packed = pack(
-    pieces.to_iter_dataset(unthreaded),
-    length_struct={"pairs": length},
-    num_packing_bins=BINS,
-    seed=passes.seed or 0,
-    shuffle_bins=passes.seed is not None,
-    max_sequences_per_bin=None if data.max_segments_per_seq == -1 else data.max_segments_per_seq,
-  )
-  return Packed(packed)
+    return Indexed(Padded(pieces, length))
+  return Planned(Draws([PieceFeed(pieces)]), _packer(data, passes.seed), length)
+
+
+def _packer(data: Data, seed: int | None) -> plans.Packer:
+  if not data.packing:
+    return plans.alone
+  if data.grain_packing_type == "concat_then_split":
+    return plans.split
+  most = None if data.max_segments_per_seq == -1 else data.max_segments_per_seq
+  return plans.Fit(data.grain_packing_type == "best_fit", most, seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +67,7 @@ class Passes:
 
 
 class Ordered:
-  """Grain source: another one, in as many passes as asked for, each in an order of its own."""
+  """Another sequence, in as many passes as asked for, each in an order of its own."""
 
   def __init__(self, source: Pieces | SplitRows, passes: Passes):
     self._source, self._passes = source, passes
@@ -92,7 +87,7 @@ class Ordered:
 
 
 class Pieces:
-  """Grain source: documents cut into pieces of at most `length` pairs, {"pairs": [n 2]}."""
+  """Documents cut into pieces of at most `length` pairs; one of n pairs is [n + 1] ids."""
 
   def __init__(self, tokens: Tokens, length: int):
     pairs = np.diff(tokens.starts) - 1
@@ -102,16 +97,15 @@ class Pieces:
   def __len__(self) -> int:
     return int(self._firsts[-1])
 
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+  def __getitem__(self, index: int) -> np.ndarray:
     document = self._firsts.searchsorted(index, side="right") - 1
     start = self._tokens.starts[document] + (index - self._firsts[document]) * self._length
     stop = min(start + self._length, self._tokens.starts[document + 1] - 1)
-    ids = self._tokens.ids
-    return {"pairs": np.stack([ids[start:stop], ids[start + 1 : stop + 1]], axis=1)}
+    return self._tokens.ids[start : stop + 1]
 
 
 class SplitRows:
-  """Grain source: all documents one after the other, cut every `length` pairs; the last is short.
+  """All documents one after the other, cut every `length` pairs; the last is short.
 
   `grain.experimental.ConcatThenSplitIterDataset` cuts the same rows, but as it goes, so that only
   documents can be shuffled, and a batch holds neighbouring rows of one document. With every row at
@@ -145,7 +139,7 @@ class SplitRows:
 
 
 class NoiseRows:
-  """Grain source: every row a document that goes on beyond it."""
+  """Every row a document that goes on beyond it."""
 
   def __init__(self, noise: Noise, length: int):
     self._noise, self._length = noise, length
@@ -154,14 +148,13 @@ class NoiseRows:
     return self._noise.rows
 
   def __getitem__(self, index: int) -> Row:
-    ids = self._noise.row(index, self._length + 1)
-    return _padded(np.stack([ids[:-1], ids[1:]], axis=1), self._length)
+    return _padded(self._noise.row(index, self._length + 1), self._length)
 
 
 class Indexed:
   """Rows of which any can be had at once: the state is a number, and a host makes only its own."""
 
-  def __init__(self, rows: grain.MapDataset):
+  def __init__(self, rows: Ordered | NoiseRows | Padded):
     self._rows, self._next = rows, 0
 
   def take(self, count: int, kept: slice) -> list[Row]:
@@ -180,31 +173,114 @@ class Indexed:
     self._next = state["row"]
 
 
-class Packed:
-  """Rows that a packer makes one after the other: every host makes all, and keeps its own."""
+class Padded:
+  """Every piece a row of its own."""
 
-  def __init__(self, rows: grain.IterDataset):
-    self._rows = iter(rows)
+  def __init__(self, pieces: Ordered, length: int):
+    self._pieces, self._length = pieces, length
+
+  def __len__(self) -> int:
+    return len(self._pieces)
+
+  def __getitem__(self, index: int) -> Row:
+    return _padded(self._pieces[index], self._length)
+
+
+class PieceFeed:
+  """Pieces as the documents of a plan."""
+
+  name = "pieces"
+
+  def __init__(self, pieces: Ordered):
+    self._pieces = pieces
+
+  def __len__(self) -> int:
+    return len(self._pieces)
+
+  def take(self, number: int) -> tuple[int, Callable[[], np.ndarray]]:
+    ids = self._pieces[number]
+    return len(ids) - 1, lambda: ids
+
+
+class Planned:
+  """Rows that are planned block by block: every host plans all, and makes its own.
+
+  The state is the place where a block begins, and how many of its rows are given.
+  """
+
+  def __init__(self, draws: Draws, packer: plans.Packer, length: int, batch: int = 1):
+    """`batch` rows are a step, to the weights of a mixture."""
+    self._draws, self._packer, self._length, self._batch = draws, packer, length, batch
+    self._places = np.arange(length, dtype=np.int32)
+    self._go_on({"row": 0, "given": 0, **draws.get_state()})
 
   def take(self, count: int, kept: slice) -> list[Row]:
     rows = []
     for index in range(count):
-      try:
-        packed = next(self._rows)
-      except StopIteration:
-        if index == 0:
-          raise
+      spans = self._next()
+      if spans is None and not index:
+        raise StopIteration
+      if spans is None:
         break
       if kept.start <= index < kept.stop:
-        rows.append(packed)
-    names = ("pairs_segment_ids", "pairs_positions")
-    return [np.concatenate([row["pairs"].T, [row[name] for name in names]]) for row in rows]
+        rows.append(self._made(spans))
+    return rows
 
   def get_state(self) -> dict[str, Any]:
-    return self._rows.get_state()
+    return self._state
 
   def set_state(self, state: dict[str, Any]) -> None:
-    self._rows.set_state(state)
+    self._draws.set_state(state)
+    self._go_on(state)
+
+  def _go_on(self, state: dict[str, Any]) -> None:
+    self._state = state
+    self._block: list[list[Span]] | None = None
+    self._begun: plans.Document | None = None
+
+  def _next(self) -> Sequence[Span] | None:
+    """The next row; None at the end."""
+    if self._block is None:
+      self._block = self._plan()
+    given = self._state["given"]
+    if given == len(self._block):
+      return None
+    self._state = {**self._state, "given": given + 1}
+    row = self._block[given]
+    if given + 1 == len(self._block):
+      rest = self._begun
+      after = {"row": self._state["row"] + given + 1, "given": 0, **self._draws.get_state()}
+      if rest is not None:
+        after["begun"] = [self._draws.feeds[rest.feed].name, rest.number, rest.begun]
+      self._state, self._block = after, None
+    return row
+
+  def _plan(self) -> list[list[Span]]:
+    if self._begun is None and "begun" in self._state:
+      self._begun = self._draws.again(*self._state["begun"])
+    first = self._state["row"]
+    rows, self._begun = self._packer(self._draws, self._begun, self._length, first // self._batch)
+    if isinstance(self._packer, plans.Fit) and self._packer.seed is not None:
+      order = np.random.default_rng(self._packer.seed + first).permuted(range(len(rows)))
+      rows = [rows[index] for index in order]
+    return rows
+
+  def _made(self, spans: Sequence[Span]) -> Row:
+    """A row; where a document turns out to be damaged, padding."""
+    row = np.zeros((len(COLUMNS), self._length), np.int32)
+    at = 0
+    for segment, span in enumerate(spans, 1):
+      size = span.stop - span.start
+      part = row[:, at : at + size]
+      at += size
+      try:
+        ids = span.document.read()
+      except Damaged as error:
+        self._draws.budget.skip(error, span.document.number + 1)
+        continue
+      part[0], part[1] = ids[span.start : span.stop], ids[span.start + 1 : span.stop + 1]
+      part[2], part[3] = segment, self._places[:size]
+    return row
 
 
 def _row(length: int, *columns: np.ndarray) -> Row:
@@ -215,7 +291,7 @@ def _row(length: int, *columns: np.ndarray) -> Row:
   return row
 
 
-def _padded(pairs: np.ndarray, length: int) -> Row:
-  """One piece [n 2] -> a row of its own."""
-  size = len(pairs)
-  return _row(length, *pairs.T, np.ones(size, np.int32), np.arange(size))
+def _padded(ids: np.ndarray, length: int) -> Row:
+  """One piece [n + 1] -> a row of its own."""
+  size = len(ids) - 1
+  return _row(length, ids[:-1], ids[1:], np.ones(size, np.int32), np.arange(size))

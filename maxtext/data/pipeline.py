@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from maxtext.data import packing
 from maxtext.data.batches import Batches, Shape
 from maxtext.data.corpus import Corpus, held_out, open_corpus
 from maxtext.data.kinds import vocabulary
@@ -21,8 +22,6 @@ def train_batches(
   Batch n is a pure function of corpus, section, `batch`, `length` and n. When `num_epoch` is not -1
   the last one is filled up with empty rows.
   """
-  from maxtext.data import packing  # and with it Grain: 0.4 s, in the thread that calls this
-
   stream = packing.training_rows(corpus.train, data, length)
   shape = Shape(batch, length, rows or slice(0, batch))
   return Batches(stream, shape, _identity(corpus, data, length))
@@ -32,8 +31,6 @@ def eval_batches(
   corpus: Corpus, data: Data, batch: int, length: int, *, rows: slice | None = None
 ) -> Batches:
   """All held-out documents once, in an order that no seed changes. Raises DataError without any."""
-  from maxtext.data import packing
-
   stream = packing.evaluation_rows(held_out(corpus), data, length)
   shape = Shape(batch, length, rows or slice(0, batch))
   return Batches(stream, shape, _identity(corpus, data, length))

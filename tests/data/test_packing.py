@@ -1,11 +1,17 @@
 """What rows hold, compared with the documents themselves."""
 
+import sys
+
+import grain
 import numpy as np
 import pytest
+from grain import experimental
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maxtext.data.packing import Ordered, Passes, Pieces, training_rows
 from maxtext.data.pipeline import eval_batches, train_batches
+from maxtext.data.plans import BINS
 from tests.data.cases import PACKERS, corpus_of, numbered, section
 
 lengths = st.lists(st.integers(2, 40), min_size=1, max_size=12)
@@ -169,3 +175,31 @@ def test_a_batch_mixes_documents(packer):
   batch = next(train_batches(corpus_of(tokens), section(packer), 16, 10))
   documents = batch["inputs"][:, 0] // 161
   assert len(set(documents.tolist())) > 8  # 16 draws of 20 documents give 11 on average
+
+
+@pytest.mark.parametrize("most", [-1, 2])
+@pytest.mark.parametrize("name", ["first_fit", "best_fit"])
+def test_rows_that_fit_are_those_of_grains_own_packers(name, most):
+  """In their order too, and over several blocks of bins, whose last one is not full."""
+  tokens = numbered(np.random.default_rng(0).integers(2, 40, 500).tolist())
+  data = section(name, max_segments_per_seq=most, data_shuffle_seed=3)
+  pieces = Ordered(Pieces(tokens, 24), Passes(3, 1))
+  source = [
+    {"ids": ids[:-1], "targets": ids[1:]} for ids in map(pieces.__getitem__, range(len(pieces)))
+  ]
+  pack = {
+    "first_fit": experimental.FirstFitPackIterDataset,
+    "best_fit": experimental.BestFitPackIterDataset,
+  }[name]
+  packed = pack(
+    grain.MapDataset.source(source).to_iter_dataset(),
+    length_struct={"ids": 24, "targets": 24},
+    num_packing_bins=BINS,
+    seed=3,
+    max_sequences_per_bin=None if most == -1 else most,
+  )
+  columns_of = ("ids", "targets", "ids_segment_ids", "ids_positions")
+  expected = [np.stack([row[name] for name in columns_of]) for row in packed]
+  rows = training_rows(tokens, data, 24).take(len(expected) + 9, slice(0, sys.maxsize))
+  assert len(expected) > 2 * BINS
+  np.testing.assert_array_equal(rows, expected)

@@ -1,0 +1,42 @@
+"""Documents that cannot be used: what is wrong with which, and how many a run may pass over."""
+
+from __future__ import annotations
+
+import math
+
+from maxtext.errors import DataError
+from maxtext.log import log
+
+SHOWN = 20  # lines of the log; the rest are counted
+
+
+class Damaged(Exception):
+  """A document cannot be used: `where` says file and place in it."""
+
+  def __init__(self, where: str, problem: str):
+    super().__init__(where, problem)  # so that it survives pickling
+    self.where, self.problem = where, problem
+
+
+class Budget:
+  """How many documents may be passed over: a number of them, or a share of those read."""
+
+  def __init__(self, setting: str = "stop", documents: int = 0):
+    """`setting` is data_errors; a share is of `documents`, a pass, until more than one is read."""
+    self._setting, self._documents = setting, documents
+    self.skipped = 0
+
+  def skip(self, error: Damaged, read: int) -> None:
+    """Pass over one document after `read`. Raises DataError where that is one too many."""
+    what = f"{error.where}: {error.problem}"
+    if self._setting == "stop":
+      raise DataError(f"{what}; mend it, or let a run pass over some by data_errors=NUMBER")
+    limit = float(self._setting)
+    allowed = limit if limit >= 1 else math.ceil(limit * max(read, self._documents))
+    self.skipped += 1
+    if self.skipped > allowed:
+      raise DataError(
+        f"{what}; with it {self.skipped} are passed over, data_errors={self._setting}"
+      )
+    if self.skipped <= SHOWN or not self.skipped & (self.skipped - 1):
+      log.warning("%s; passed over, %d of %d allowed", what, self.skipped, allowed)
