@@ -30,7 +30,7 @@ DECIDERS = (
 )
 
 Problem = tuple[str, ...]
-Purpose = Literal["train", "decode"]
+Purpose = Literal["train", "decode", "launch"]  # to launch: to train, on another machine
 
 
 def of_run(config: Config, purpose: Purpose, environ: Mapping[str, str]) -> Iterator[Problem]:
@@ -43,7 +43,7 @@ def of_run(config: Config, purpose: Purpose, environ: Mapping[str, str]) -> Iter
   yield from _prompts(config)
   yield from _virtual_devices(config, environ)
   yield from _cached(config)
-  if purpose == "train":
+  if purpose != "decode":
     yield from _batch_size(config)
     yield from _tiles(config)
     yield from _held_out(config)

@@ -38,6 +38,8 @@ def of_places(config: Config, purpose: Purpose) -> Iterator[Problem]:
       yield key, f"{shown(text)}: object storage is not there yet; name a path of a file system"
     elif os.path.expanduser(text).startswith("~"):
       yield key, f"{shown(text)}: there is no such user; write the path itself, ~ is your home"
+  if purpose == "launch":  # where it is to run there are others
+    return
   for key in FOLDERS:
     if text := config.values[key]:
       path, runs = Path(os.path.expanduser(text)), key == "base_output_directory"

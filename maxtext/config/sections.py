@@ -10,6 +10,7 @@ from maxtext.config.architecture import Architecture
 from maxtext.config.run import Run
 from maxtext.data.sections import Data
 from maxtext.hosts.sections import Hosts
+from maxtext.jobs.sections import Launch
 from maxtext.layers.sections import Experts, Kernel, Memory, Precision
 from maxtext.mesh import Mesh
 from maxtext.serve.sections import Decode
@@ -35,6 +36,7 @@ class Sections:
   data: Data
   checkpoint: Checkpoint
   decode: Decode
+  launch: Launch
 
 
 SECTIONS: dict[str, type] = get_type_hints(Sections)

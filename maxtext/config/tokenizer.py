@@ -21,9 +21,9 @@ IN_FOLDERS = "tokenizer.json"  # what the kinds that may be named by a folder ha
 def unopened(config: Config, purpose: Purpose) -> Iterator[Problem]:
   """What is wrong with its file, its packages and its size, as far as no package has to tell."""
   data = config.data
-  if data.tokenizer_type in FILES:
+  if purpose != "launch" and data.tokenizer_type in FILES:
     yield from _package("tokenizer_type", PACKAGES.get(data.tokenizer_type), data.tokenizer_type)
-  if config.decode.use_chat_template:
+  if purpose != "launch" and config.decode.use_chat_template:
     yield from _package("use_chat_template", "jinja2", "use_chat_template")
   if purpose == "train" and data.tokenizer_path and data.tokenizer_type != "byte":
     yield from _file(data.tokenizer_path, data.tokenizer_type)

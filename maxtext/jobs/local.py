@@ -1,0 +1,69 @@
+"""Several processes on this machine, as hosts would be: they find each other, and end as one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from maxtext.jobs.job import place
+
+
+def environments(count: int) -> list[dict[str, str]]:
+  """The variables of each of `count` processes; one alone has none."""
+  if count == 1:
+    return [{}]
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{probe.getsockname()[1]}"
+  return [place(address, count, str(number)) for number in range(count)]
+
+
+def run(command: Sequence[str], own: Sequence[Mapping[str, str]]) -> int:
+  """Run the command once for each of `own` variables, and pass on what they print and the signals
+  that come; returns the exit code of the first that fails.
+  """
+  started: list[subprocess.Popen[str]] = []
+
+  def pass_on(number: int, _frame: FrameType | None) -> None:
+    for process in started:
+      if process.poll() is None:
+        process.send_signal(number)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, pass_on)
+  codes: list[int] = []
+  readers = []
+  for i, variables in enumerate(own):
+    process = subprocess.Popen(
+      command,
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      errors="replace",
+      env={**os.environ, **variables},
+      start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on once
+    )
+    started.append(process)
+    prefix = f"[{i}] " if len(own) > 1 else ""
+    readers.append(threading.Thread(target=_follow, args=(process, prefix, codes)))
+    readers[-1].start()
+  for reader in readers:
+    while reader.is_alive():  # a lock that is waited for without end keeps signals away
+      reader.join(0.2)
+  return next((code if code > 0 else 128 - code for code in codes if code), 0)
+
+
+def _follow(process: subprocess.Popen[str], prefix: str, codes: list[int]) -> None:
+  """Print each of its lines after the prefix, and note its exit code."""
+  assert process.stdout is not None
+  for line in process.stdout:
+    sys.stdout.write(prefix + line)
+    sys.stdout.flush()
+  codes.append(process.wait())

@@ -1,0 +1,265 @@
+"""`python -m maxtext.launch config.yml launch_target=gke key=value`: start a run elsewhere."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from maxtext import config
+from maxtext.config import Config, check_devices
+from maxtext.config.complaints import COMMAND_LINE as TYPED
+from maxtext.config.complaints import Complaint, lines
+from maxtext.config.documents import PACKAGED
+from maxtext.config.sections import SECTION_OF, hint_of
+from maxtext.config.sources import COMMAND_LINE, PRESET
+from maxtext.config.values import render, takes_text
+from maxtext.errors import ConfigError, ConfigErrors, run_cli
+from maxtext.hosts.sections import PLACE
+from maxtext.jobs import Job, Launch, Machine, commands, find, jobset, local, schema
+from maxtext.jobs.job import AGAIN
+from maxtext.jobs.sections import BUCKET, SECRET
+
+USAGE = """\
+usage: python -m maxtext.launch [CONFIG.yml] launch_target=TARGET [key=value ...] [--submit]
+
+Checks the configuration for the machine, and starts the run there:
+  local    processes=2 on this machine, which train as one
+  docker   launch_image on this machine, with launch_volume (a folder) at launch_mount
+  gke      on launch_machine (v5p-128, v6e-256, h100-16 ...; num_slices=2 for several): the manifest
+           of a JobSet, and of TensorBoard
+  xpk      the same by `xpk workload create`
+local starts at once; the others write launch_directory/RUN_NAME/, show what differs from the last
+launch, and start with --submit.
+Ends with 0: written, started, or trained; 2: configuration; else as what was started."""
+
+CPU = Machine("this machine", "", hosts=1, chips=0, devices=0)
+# Which keys are read for which target; what is typed for another one is refused.
+EVERYWHERE = {"launch_target", "launch_directory"}
+CONTAINER = {
+  "launch_image",
+  "launch_machine",
+  "launch_volume",
+  "launch_mount",
+  "launch_environment",
+  "launch_grace_seconds",
+}
+SECRETS, CLUSTER = {"launch_secrets"}, {"launch_namespace", "launch_max_restarts"}
+GOOGLE = ("launch_cluster", "launch_project", "launch_zone")
+READ = {
+  "local": {"processes"},
+  "docker": CONTAINER | SECRETS,
+  "gke": CONTAINER | SECRETS | CLUSTER | {"launch_secret_name", "launch_overlay"},
+  "xpk": CONTAINER | CLUSTER | set(GOOGLE),
+}
+NEEDED = {
+  "local": (),
+  "docker": ("launch_image", "launch_volume"),
+  "gke": ("launch_image", "launch_volume", "launch_machine"),
+  "xpk": ("launch_image", "launch_volume", "launch_machine", *GOOGLE),
+}
+FILES = {"local": "local.sh", "docker": "docker.sh", "gke": "gke.yml", "xpk": "xpk.sh"}
+
+
+class _Whole(yaml.SafeDumper):
+  """Writes what stands twice twice, and no aliases."""
+
+  def ignore_aliases(self, data: Any) -> bool:
+    return True
+
+
+def main(argv: list[str]) -> int:
+  """Render, and start what is to be started; returns the exit code. Raises ConfigError."""
+  if not argv or {"-h", "--help"} & set(argv):
+    print(USAGE)
+    return 0 if argv else 2
+  submit, words = "--submit" in argv, [word for word in argv if word != "--submit"]
+  # what this machine says of devices and of other processes does not hold where the run will be
+  environ = {key: value for key, value in os.environ.items() if key.startswith("M_")}
+  loaded = config.load(words, environ, purpose="launch")
+  if found := list(_complaints(loaded)):
+    raise ConfigErrors(lines(found))
+  if loaded.launch.launch_target == "local":
+    return _here(loaded)
+  return _elsewhere(_job(loaded), submit)
+
+
+def _complaints(loaded: Config) -> Iterator[Complaint]:
+  """What the target needs and has not, what it does not read, what a container would lose."""
+  launch, target = loaded.launch, loaded.launch.launch_target
+  for key, section in SECTION_OF.items():
+    idle = section == "launch" and key not in EVERYWHERE | READ[target]
+    if idle and loaded.sources[key].level == COMMAND_LINE:
+      yield _at(loaded, key, f"has no effect with launch_target={target}; leave it away")
+    elif key in PLACE and loaded.differs(key):
+      yield _at(loaded, key, "is given to each process as it is started; leave it away")
+  for key in NEEDED[target]:
+    if not loaded.values[key]:
+      yield _at(loaded, key, f"launch_target={target} needs it; set it")
+  if target == "local":
+    return
+  base, block = loaded.run.base_output_directory, loaded.architecture.decoder_block
+  if not base.startswith(f"{launch.launch_mount}/"):
+    problem = f"{base!r} is lost with the container; name a folder in {launch.launch_mount}"
+    yield _at(loaded, "base_output_directory", f"{problem}, where launch_volume is")
+  if os.path.isabs(block):
+    problem = f"{block} is a file of this machine; put it into configs/decoder_blocks of the image"
+    yield _at(loaded, "decoder_block", f"{problem}, or write its blocks as the key blocks")
+  bucket = "://" in launch.launch_volume
+  if bucket and target != "gke":
+    yield _at(loaded, "launch_volume", "buckets are mounted on GKE only; name what is there")
+  elif bucket and not re.fullmatch(BUCKET, launch.launch_volume):
+    yield _at(loaded, "launch_volume", f"{launch.launch_volume!r} is not of the form gs://BUCKET")
+
+
+def _at(loaded: Config, key: str, problem: str) -> Complaint:
+  source = loaded.sources[key]
+  return Complaint(source.where if source.level else TYPED, key, problem)
+
+
+def _here(loaded: Config) -> int:
+  """Train in processes of this machine; returns the exit code."""
+  count, hardware = loaded.launch.processes, loaded.run.hardware
+  if count > 1 and hardware not in ("auto", "cpu"):
+    problem = f"{count} of them on one machine share its CPU; set hardware=cpu, or leave it away"
+    raise ConfigError("processes", problem)
+  words = _words(loaded, {"hardware": "cpu"} if count > 1 else {})
+  own = local.environments(count)
+  config.load(words, {**os.environ, **own[0]})  # whether devices, files and folders are there
+  path = _file(loaded.launch, loaded.run.run_name)
+  text = "".join(commands.script(["python", "-m", "train", *words], each) for each in own)
+  text = re.sub(r"(?<=127\.0\.0\.1:)\d+", "PORT", text)  # which is another each time
+  _write(path, text).write_text(text)
+  return local.run([sys.executable, "-m", "train", *words], own)
+
+
+def _job(loaded: Config) -> Job:
+  """The run as it is to be started, once it is known to fit the machine. Raises ConfigErrors."""
+  launch, run = loaded.launch, loaded.run
+  machine = find(launch.launch_machine) if launch.launch_machine else CPU
+  slices = loaded.mesh.num_slices if machine.topology else 1
+  if run.hardware not in ("auto", machine.hardware):
+    problem = f"{run.hardware} is not what {machine.name} has; leave it away"
+    raise ConfigError("hardware", f"{problem}, or name another launch_machine")
+  if launch.launch_target == "docker" and machine.hosts * slices > 1:
+    problem = f"{machine} is more than this host; use launch_target=gke or xpk"
+    raise ConfigError("launch_machine", problem)
+  if launch.launch_target == "xpk" and not machine.xpk:
+    raise ConfigError("launch_machine", f"xpk knows no {machine.name}; use launch_target=gke")
+  check_devices(loaded, machine.devices * slices or loaded.run.devices or 1)
+  forced: dict[str, Any] = {"hardware": machine.hardware, "run_name": run.run_name}
+  if launch.launch_target != "docker" and not loaded.sources["exit_code_when_stopped"].level:
+    forced["exit_code_when_stopped"] = AGAIN
+  folder = f"{run.base_output_directory}/{run.run_name}"
+  return Job(run.run_name, folder, _words(loaded, forced), launch, machine, slices)
+
+
+def _words(loaded: Config, forced: Mapping[str, Any]) -> tuple[str, ...]:
+  """The configuration as `train` is given it on its command line: what was set, without presets,
+  which are everywhere; held to mean there what it means here.
+  """
+  values: dict[str, Any] = {}
+  for key, source in loaded.sources.items():
+    if source.level > PRESET and SECTION_OF[key] != "launch":
+      values[key] = loaded.values[key]
+  values |= {"run_name": loaded.run.run_name, **forced}
+  words = tuple(f"{k}={v if takes_text(hint_of(k)) else render(v)}" for k, v in values.items())
+  again = config.load(words, {}, purpose="launch").values
+  for key, value in {**loaded.values, **forced}.items():
+    if again[key] != value and SECTION_OF[key] != "launch":
+      problem = f"{render(value)} cannot be passed on by a command line; write it otherwise"
+      raise ConfigError(key, problem)
+  return words
+
+
+def _elsewhere(job: Job, submit: bool) -> int:
+  """Write what starts the job, and start it if that is wanted; returns the exit code."""
+  launch = job.launch
+  path = _file(launch, job.run_name)
+  if launch.launch_target == "gke":
+    text = _manifest(job)
+    command = ["kubectl", "apply", f"--filename={path}"]
+  else:
+    command = {"docker": commands.docker, "xpk": commands.xpk}[launch.launch_target](job)
+    text = commands.script(command)
+  if found := SECRET.search(text):
+    holder = next((word.split("=")[0] for word in job.words if found[0] in word), "launch_overlay")
+    problem = f"{found[0][:4]}... looks like a secret, which is written nowhere; name its variable"
+    raise ConfigError(holder, f"{problem} in launch_secrets")
+  print(f"{job.run_name} on {job.machine}" + (f", {job.slices} slices" if job.slices > 1 else ""))
+  last = _write(path, text)
+  code = 0
+  if submit:
+    if shutil.which(command[0]) is None:
+      raise ConfigError("--submit", f"{command[0]} is not there; install it, or start {path} there")
+    if not (code := subprocess.run(command).returncode):
+      last.write_text(text)
+  else:
+    print(f"start:       {shlex.join(command) if path.suffix == '.yml' else f'bash {path}'}")
+  for what, way in commands.afterwards(job, path):
+    print(f"{what + ':':<12} {way}")
+  return code
+
+
+def _manifest(job: Job) -> str:
+  """The documents that are applied, with launch_overlay on top. Raises ConfigErrors for what
+  Kubernetes would not take.
+  """
+  own, name = [], job.launch.launch_overlay
+  try:
+    if name:
+      own = [d for d in yaml.safe_load_all(Path(name).expanduser().read_text()) if d]
+  except (OSError, UnicodeError, yaml.YAMLError) as error:
+    what = (str(error).splitlines() or [""])[0]
+    raise ConfigError("launch_overlay", f"{name!r} cannot be read: {what}") from None
+  made = jobset.documents(job)
+  kinds = [d["kind"] for d in made]
+  if lost := [d for d in own if not isinstance(d, dict) or d.get("kind") not in kinds]:
+    problem = f"{str(lost[0])[:60]} says no kind: of {', '.join(kinds)}; begin it with one"
+    raise ConfigError("launch_overlay", problem)
+  for above in own:
+    made = [schema.over(d, above) if d["kind"] == above["kind"] else d for d in made]
+  known = yaml.safe_load((PACKAGED / "launch" / "manifest.yml").read_text())
+  found = [f"{d['kind']} {line}" for d in made for line in schema.problems(d, d["kind"], known)]
+  if found:
+    raise ConfigErrors(found)
+  return "---\n".join(yaml.dump(d, Dumper=_Whole, sort_keys=False, width=100) for d in made)
+
+
+def _file(launch: Launch, run_name: str) -> Path:
+  return Path(launch.launch_directory).expanduser() / run_name / FILES[launch.launch_target]
+
+
+def _write(path: Path, text: str) -> Path:
+  """Write what starts a run, and print what of it the last launch had otherwise; returns where the
+  next one is to find it.
+  """
+  last = path.with_name(f"launched-{path.name}")
+  try:
+    before = last.read_text() if last.exists() else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  except OSError as error:
+    problem = f"{path} cannot be written ({error.strerror}); name a folder that can"
+    raise ConfigError("launch_directory", problem) from None
+  said = "not launched before"
+  if before is not None:
+    lines_ = difflib.unified_diff(
+      before.splitlines(), text.splitlines(), "last launch", "this", n=1
+    )
+    said = "\n".join(["the last launch differs:", *lines_]) if before != text else "as last time"
+  print(f"written:     {path}; {said}", flush=True)
+  return last
+
+
+if __name__ == "__main__":
+  run_cli(main)

@@ -1,0 +1,288 @@
+"""What `maxtext.launch` writes, starts and refuses; tests/jobs holds what it writes to the APIs."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from end_to_end import launch as local_runs
+from maxtext import config, launch
+from maxtext.errors import ConfigError
+
+TINY = "tiny.yml"
+GKE = (
+  "launch_target=gke",
+  "launch_machine=v5p-8",
+  "launch_image=img:1",
+  "launch_volume=gs://my-runs",
+  "base_output_directory=/data/runs",
+)
+XPK = (
+  "launch_target=xpk",
+  "launch_machine=v5e-16",
+  "launch_image=img:1",
+  "launch_volume=store",
+  "launch_cluster=c",
+  "launch_project=p",
+  "launch_zone=z",
+  "base_output_directory=/data/runs",
+)
+DOCKER = ("launch_target=docker", "launch_image=img:1", "launch_volume=/srv", *GKE[4:])
+# A token's form; put together here so that no scanner of sources takes it for one.
+TOKEN = "hf" + "_" + "abcdefgh" * 3
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch) -> Path:
+  """A folder of its own, without the hardware that other tests have."""
+  monkeypatch.chdir(tmp_path)
+  for name in ("XLA_FLAGS", "JAX_PLATFORMS"):
+    monkeypatch.delenv(name, raising=False)
+  Path(TINY).write_text("run_name: tiny\nsteps: 60\neval_interval: 5\n")
+  return tmp_path
+
+
+def program(folder: Path, name: str, code: int = 0) -> None:
+  """A program on the PATH that notes its arguments."""
+  path = folder / "bin" / name
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{folder}/asked\nexit {code}\n')
+  path.chmod(0o755)
+
+
+def written(place: Path, target: str = "gke.yml") -> str:
+  (path,) = place.glob(f"launches/*/{target}")
+  return path.read_text()
+
+
+def words_of(manifest: str) -> list[str]:
+  """What follows `python -m train` in a manifest."""
+  jobs = next(yaml.safe_load_all(manifest))["spec"]["replicatedJobs"]
+  command = jobs[0]["template"]["spec"]["template"]["spec"]["containers"][0]["command"]
+  assert command[:3] == ["python", "-m", "train"]
+  return command[3:]
+
+
+def words_of_script(place: Path, target: str) -> list[str]:
+  """What a shell makes of a script's one command."""
+  return shlex.split(written(place, target).replace("\\\n", ""))
+
+
+def refused(*words: str) -> str:
+  """What is said of words that are refused; nothing is written then."""
+  with pytest.raises(ConfigError) as error:
+    launch.main([TINY, *words])
+  assert not list(Path("launches").rglob("*"))
+  return str(error.value)
+
+
+KEYS = (
+  "model_name=tiny",
+  "custom_mesh_and_rule=pure_fsdp",
+  "prompt=line\nand 'quotes' \"here\" = $x [a, b]",
+  "eval_sample_prompt=[x",
+  "load_parameters_path=",
+  "resume_changes=[steps, learning_rate]",
+  "logical_axis_rules={norm: [fsdp], kv: []}",
+  "learning_rate=1e-5",
+  "head_dim=null",
+  "log_config=no",
+  "run_name=007",
+)
+
+
+@pytest.mark.parametrize("target", [GKE, XPK, DOCKER], ids=["gke", "xpk", "docker"])
+def test_the_run_there_has_the_configuration_that_was_checked_here(place, target):
+  own = [TINY, *target, *KEYS]
+  assert launch.main(own) == 0
+  here = config.load(own, {}, purpose="launch").values
+  if target is GKE:
+    words = words_of(written(place))
+  else:
+    words = words_of_script(place, "*.sh")
+    if target is XPK:
+      words = shlex.split(next(w for w in words if w.startswith("--command=")).split("=", 1)[1])
+    words = words[words.index("train") + 1 :]
+  there = config.load(words, {}, purpose="launch").values
+  hardware = {GKE: "tpu", XPK: "tpu", DOCKER: "cpu"}[target]
+  expected = here | {"hardware": hardware}
+  if target is not DOCKER:
+    expected["exit_code_when_stopped"] = 75
+  for key, value in expected.items():
+    assert there[key] == value or key.startswith("launch_"), key
+  assert there["learning_rate"] == 1e-5 and there["prompt"].startswith("line\nand")
+
+
+@pytest.mark.parametrize(
+  "word, complaint",
+  [
+    ("ici_tensor_parallelism=3", "4 devices cannot be arranged as tensor 3"),
+    ("ici_fsdp_parallelism=8", "4 devices"),
+    ("per_device_batch_size=0.1", "rows on 4 devices"),
+    ("hardware=cpu", "cpu is not what v5p-8 has"),
+    ("hardware=gpu", "gpu is not what v5p-8 has"),
+    ("launch_machine=v5p-7", "there is no slice 'v5p-7'"),
+    ("launch_image=", "launch_target=gke needs it"),
+    ("base_output_directory=runs", "is lost with the container"),
+    ("launch_volume=gs://a/b", "not of the form gs://BUCKET"),
+    ("processes=2", "has no effect with launch_target=gke"),
+    ("launch_environment=[HF_TOKEN=x]", "looks like a secret"),
+    ("launch_machine=h100-12", "nodes of 8"),
+    ("lauch_machine=v5p-8", "did you mean 'launch_machine'"),
+  ],
+)
+def test_what_cannot_run_there_is_refused_before_anything_is_written(word, complaint):
+  key = word.partition("=")[0]
+  words = [other for other in GKE if not other.startswith(f"{key}=")]
+  assert complaint in refused(*words, word)
+
+
+@pytest.mark.parametrize(
+  "where", ["prompt={}", "launch_environment=[A={}]", "run_name={}", "launch_secrets=[{}]"]
+)
+def test_what_looks_like_a_token_is_refused_and_not_repeated(where):
+  said = refused(*GKE, where.format(TOKEN))
+  assert where.partition("=")[0] in said and TOKEN not in said
+
+
+def test_the_second_launch_shows_what_the_first_had_otherwise(place, monkeypatch, capsys):
+  program(place, "kubectl")
+  monkeypatch.setenv("PATH", f"{place}/bin")
+  assert launch.main([TINY, *GKE, "--submit"]) == 0
+  assert (place / "asked").read_text() == "apply\n--filename=launches/tiny/gke.yml\n"
+  assert "not launched before" in capsys.readouterr().out
+  assert launch.main([TINY, *GKE, "steps=61"]) == 0
+  assert launch.main([TINY, *GKE, "steps=62"]) == 0
+  said = capsys.readouterr().out
+  assert "-              - steps=60\n+              - steps=62\n" in said
+  assert "kubectl logs" in said and "service/tiny-tensorboard 6006" in said
+  assert launch.main([TINY, *GKE]) == 0
+  assert "as last time" in capsys.readouterr().out
+
+
+def test_a_launch_that_fails_is_none(place, monkeypatch, capsys):
+  program(place, "kubectl", code=3)
+  monkeypatch.setenv("PATH", f"{place}/bin")
+  assert launch.main([TINY, *GKE, "--submit"]) == 3
+  launch.main([TINY, *GKE])
+  assert capsys.readouterr().out.count("not launched before") == 2
+
+
+@pytest.mark.parametrize("target, name", [(GKE, "kubectl"), (XPK, "xpk"), (DOCKER, "docker")])
+def test_a_program_that_is_not_there_is_said_in_a_line(place, monkeypatch, target, name):
+  monkeypatch.setenv("PATH", str(place))
+  with pytest.raises(ConfigError, match=f"{name} is not there; install it") as error:
+    launch.main([TINY, *target, "--submit"])
+  assert error.value.exit_code == 2
+
+
+def test_an_overlay_is_laid_over_the_manifest(place):
+  Path("mine.yml").write_text("""
+kind: JobSet
+metadata: {labels: {kueue.x-k8s.io/queue-name: queue}}
+spec:
+  replicatedJobs:
+  - name: slice
+    template:
+      spec:
+        template:
+          spec:
+            hostNetwork: null
+            serviceAccountName: trainer
+            containers: [{name: train, imagePullPolicy: Always}, {name: sidecar, image: s:1}]
+""")
+  assert launch.main([TINY, *GKE, "launch_overlay=mine.yml"]) == 0
+  run, *_ = yaml.safe_load_all(written(place))
+  assert run["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "queue"
+  pod = run["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  assert pod["serviceAccountName"] == "trainer" and "hostNetwork" not in pod
+  train, sidecar = pod["containers"]
+  assert (train["image"], train["imagePullPolicy"]) == ("img:1", "Always")
+  assert sidecar == {"name": "sidecar", "image": "s:1"}
+
+
+@pytest.mark.parametrize(
+  "overlay, complaint",
+  [
+    ("kind: JobSet\nspec: {replicas: 2}", "JobSet spec.replicas: there is no such field"),
+    ("kind: JobSet\nspec: {suspend: 'yes'}", "JobSet spec.suspend: 'yes' is neither true nor"),
+    ("kind: JobSet\nmetadata: {labels: {a: 1}}", "JobSet metadata.labels.a: '1' is not a label"),
+    ("kind: Service\nspec: {ports: [{port: 0}]}", "Service spec.ports[0].port: '0' is not the"),
+    ("kind: Deployment\nspec: {template: {spec: null}}", "Deployment spec.template: has no spec"),
+    ("kind: Pod", "says no kind: of JobSet, Deployment, Service"),
+    ("{", "cannot be read"),
+    (f"kind: JobSet\nspec: {{managedBy: {TOKEN}}}", "launch_overlay: hf_a... looks like a secret"),
+  ],
+)
+def test_what_kubernetes_would_not_take_is_refused(overlay, complaint):
+  Path("mine.yml").write_text(overlay)
+  assert complaint in refused(*GKE, "launch_overlay=mine.yml")
+
+
+def test_xpk_is_told_to_start_again_what_ends_with_75(place):
+  launch.main([TINY, *XPK, "launch_grace_seconds=900"])
+  words = words_of_script(place, "xpk.sh")
+  assert words[:3] == ["xpk", "workload", "create"]
+  told = dict(word.removeprefix("--").split("=", 1) for word in words[3:])
+  assert told["tpu-type"] == "v5litepod-16" and told["num-slices"] == "1"
+  assert told["restart-on-exit-codes"] == "75" and told["max-restarts"] == "10"
+  assert told["termination-grace-period-seconds"] == "900" and told["storage"] == "store"
+
+
+def test_docker_passes_secrets_on_by_name(place):
+  launch.main([TINY, *DOCKER, "launch_secrets=[HF_TOKEN]", "launch_machine=h100-8"])
+  words = words_of_script(place, "docker.sh")
+  assert words[:2] == ["docker", "run"] and words[words.index("img:1") + 1] == "python"
+  assert {"--env=HF_TOKEN", "--gpus=all", "--volume=/srv:/data", "--init"} <= set(words)
+  assert "hardware=gpu" in words
+
+
+TALK = "import os, sys; n = os.environ['JAX_PROCESS_ID']; print('I am', n); "
+WAIT = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0 if {own} else 7)); "
+LOCAL = "import os, sys; from maxtext.jobs import local; sys.exit(local.run({}, {}))"
+
+
+def started(code: str, count: int = 2) -> subprocess.Popen[str]:
+  """Processes of a program, by the runner of local launches."""
+  from maxtext.jobs import local
+
+  own = local.environments(count)
+  program = LOCAL.format([sys.executable, "-uc", code], own)
+  return subprocess.Popen([sys.executable, "-uc", program], stdout=subprocess.PIPE, text=True)
+
+
+def test_local_processes_each_know_their_place_and_the_first_failure_counts():
+  late = "import time; time.sleep(0.3 * (n == '0')); sys.exit(3 if n == '1' else 75)"
+  process = started(TALK + late)
+  said, _ = process.communicate(timeout=60)
+  assert sorted(said.splitlines()) == ["[0] I am 0", "[1] I am 1"]
+  assert process.returncode == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_local_launch_comes_to_each_process(number):
+  hear = f"import signal, time; signal.signal({int(number)}, lambda *_: sys.exit(9)); "
+  process = started(
+    TALK.replace("print", hear.replace("import", "import", 1) + "print") + "time.sleep(60)"
+  )
+  assert process.stdout is not None
+  for _ in range(2):
+    assert "I am" in process.stdout.readline()
+  process.send_signal(number)
+  assert process.wait(timeout=20) == 9
+
+
+def test_several_local_processes_share_the_cpu_and_nothing_else():
+  said = refused("launch_target=local", "processes=2", "hardware=gpu")
+  assert "share its CPU" in said
+
+
+@pytest.mark.slow
+def test_a_local_launch_of_two_processes_trains_and_goes_on(tmp_path):
+  local_runs.trains_and_goes_on(tmp_path)
