@@ -80,8 +80,10 @@ def as_xpk(parent: Path) -> None:
     for slices in (1,) if machine.startswith("h") else (1, 2):
       size = (f"launch_machine={machine}", f"num_slices={slices}", "run_name=w")
       for target in (("gke", "launch_volume=v"), ("xpk", "launch_volume=v", *place)):
-        keys = (f"launch_target={target[0]}", *target[1:], *common, *size, "model_name=llama2-7b")
-        module("maxtext.launch", *keys, "vocab_size=32000", "remat_policy=full").ends(0)
+        keys = (f"launch_target={target[0]}", *target[1:], *common, *size)
+        whole = ("ici_data_parallelism=-1", "ici_fsdp_parallelism=1")
+        module("maxtext.launch", *keys, *whole).ends(0)
+      # a storage is looked up in the cluster, which a dry run has not
       command = (own / "w" / "xpk.sh").read_text().replace("--storage=v", "--dry-run")
       theirs = parent / "theirs.yml"
       theirs.unlink(missing_ok=True)
