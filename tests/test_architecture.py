@@ -198,7 +198,9 @@ def test_a_breach_is_noticed(rule, parts, text):
   assert list(rule(Module(parts, text)))
 
 
-@pytest.mark.parametrize("name", ["config", "explain", "train", "decode", "launch", "specs", "mesh"])
+@pytest.mark.parametrize(
+  "name", ["config", "explain", "train", "decode", "launch", "specs", "mesh"]
+)
 def test_it_imports_nothing_heavy(name):
   program = f"import sys, maxtext.{name}; print(*({HEAVY!r} & set(sys.modules)))"
   run = subprocess.run(
