@@ -69,8 +69,10 @@ def find(name: str) -> Machine:
     offer = closest(kind or name, known) or f"; kinds are {', '.join(known)}"
     raise ConfigError("launch_machine", f"{name[:40]!r} is no machine, as v5p-128{offer}")
   cores = 2 if kind in TORI else 1
-  fit = dict(_slices(kind))
-  topology = fit.get(int(size) / cores, "") if size.isdecimal() else size
+  fit, topology = dict(_slices(kind)), size
+  if size.isdecimal():
+    chips, odd = divmod(int(size), cores)
+    topology = "" if odd else fit.get(chips, "")
   if not _exists(kind, topology):
     there = ", ".join(f"{kind}-{chips * cores}" for chips in [*fit][:12])
     problem = f"there is no slice {name[:40]!r}; there are {there} ..., or write its topology"
