@@ -27,6 +27,7 @@ from maxtext.layers.params import Compute
 from maxtext.objectives.next_token import NextToken, Sums
 from maxtext.specs import DecoderSpec
 from maxtext.training import step as steps
+from maxtext.training.guardian import Guard
 from maxtext.training.optimizers import make_optimizer
 from maxtext.training.schedules import make_schedule
 from maxtext.training.state import State, place_like
@@ -116,6 +117,7 @@ class Program:
   def step(self) -> jax.stages.Wrapped:
     """(State, batch) -> (State, metrics); takes over the state's memory."""
     rules = _step_rules(self.config, self.spec, self._moments)
+    rules = dataclasses.replace(rules, guard=self.guard)
     if self.config.optimizer.optimizer_memory_host_offload:
       rules = dataclasses.replace(rules, near=self._at(DEVICE), far=self._at(HOST))
     train = steps.make_step(self._loss, self.optimizer, self.schedule, rules)
@@ -150,7 +152,18 @@ class Program:
       return self._around(parameters(self.plan.build(rngs)))
 
   def _around(self, params: Params) -> State:
-    return State(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+    history = self.guard.history() if self.guard else None
+    return State(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), history)
+
+  @functools.cached_property
+  def guard(self) -> Guard | None:
+    """What keeps a step from being applied besides a loss that ends the run."""
+    training = self.config.training
+    if not (training.skip_step_on_spikes or training.rollback_limit):
+      return None
+    stacked = {name for name, p in self.plan.declared.items() if p.axes[0] == "layers"}
+    factor = training.skip_step_scaling_factor if training.skip_step_on_spikes else 0.0
+    return Guard(frozenset(stacked), training.skip_step_interval, factor)
 
   @property
   def _hasty(self) -> dict[str, int]:

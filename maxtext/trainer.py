@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -31,13 +32,14 @@ from maxtext.data.pipeline import (
   vocabulary,
 )
 from maxtext.data.place import host_rows, place
-from maxtext.errors import CheckpointError, ConfigError, DataError, Diverged
+from maxtext.errors import CheckpointError, ConfigError, DataError
 from maxtext.log import log
 from maxtext.program import Program
 from maxtext.resume import CONFIG, DATA, FACTS
 from maxtext.serve.writer import Writer
 from maxtext.signals import Stop
 from maxtext.training.hooks import Evaluate, Histograms, Save
+from maxtext.training.incidents import Incidents, Rollback
 from maxtext.training.loop import Done, End, Hook, Step, loop
 from maxtext.training.metrics import Metrics, Pace, due, step_scalars
 from maxtext.training.progress import Progress
@@ -164,6 +166,11 @@ class Run:
     if config.checkpoint.enable_checkpointing:
       self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
       self.save = Save(self.checkpoints, config.checkpoint.checkpoint_period, self._beside)
+    seeds = {key: config.values[key] for key in ("init_weights_seed", "data_shuffle_seed")}
+    params, training = built.state.params, config.training
+    self.incidents = Incidents(
+      folder, training, built.guard, params, seeds, self.checkpoints, FACTS
+    )
 
   def train(self) -> int:
     """Compile, begin or go on, train, save, and say how it ended."""
@@ -177,17 +184,30 @@ class Run:
       preload()
       self.corpus = open_corpus(self.config.data)
       hosts.agree({"dataset_path": f"documents and tokens of sha256 {self.corpus.fingerprint}"})
-      self.batches = self._batches(train_batches, self.rows)
-      state = self._begin(newest)
-      first = int(state.step)
-      self._write_config()
-      with self._open_metrics(first) as self.metrics, hosts.before_end(self.metrics.flush):
-        step = compiling.result()
-        self._announce(step)
-        progress = self._open_progress(first)
-        with progress as self.progress, hosts.before_end(progress.close), Stop() as stop:
-          end = self._loop(step, state, range(first, self.config.training.steps), stop)
-    return end
+      self.batches = self.open_batches(train_batches, self.corpus, self.rows)
+
+      @functools.cache
+      def compiled() -> Any:
+        self._announce(step := compiling.result())
+        return step
+
+      while (code := self._attempt(newest, compiled)) is None:
+        newest = self._newest()[0]
+    return code
+
+  def _attempt(self, newest: int | None, compiled: Callable[[], Any]) -> int | None:
+    """Begin or go on, to the end; None where the run is to go on from an earlier checkpoint."""
+    state = self.begin(newest)
+    first = int(state.step)
+    self._write_config()
+    with self._open_metrics(first) as self.metrics, hosts.before_end(self.metrics.flush):
+      step = compiled()
+      progress = self._open_progress(first)
+      with progress as self.progress, hosts.before_end(progress.close), Stop() as stop:
+        try:
+          return self._loop(step, state, range(first, self.config.training.steps), stop)
+        except Rollback:
+          return None
 
   def _loop(self, step: Step, state: State, span: range, stop: Stop) -> int:
     """Run the steps, save the last state and wait until it is on disk."""
@@ -198,7 +218,7 @@ class Run:
       self.save(span.start, state)
     if stop(span.start):
       span = range(span.start, span.start)
-    columns = self._placed(self.batches, self.rows)
+    columns = self.placed(self.incidents.seeing(self.batches, span.start), self.rows)
     end = loop(step, state, columns, span, self._reporter(), hooks, stop)
     stopped = stop(end.finished)
     if self.save:
@@ -215,7 +235,7 @@ class Run:
     """
     if self.checkpoints is None:
       return None, ""
-    newest = self.checkpoints.newest()
+    newest = self.incidents.newest()
     if newest is not None:
       extra = self.checkpoints.extra(newest)
       if FACTS not in extra:
@@ -230,15 +250,16 @@ class Run:
       )
     return None, ""
 
-  def _begin(self, newest: int | None) -> State:
+  def begin(self, newest: int | None, resumed: bool = True) -> State:
     """The newest checkpoint of this run, else what the configuration loads, else drawn anew."""
     section, like = self.config.checkpoint, self.program.state
     if self.checkpoints is not None and newest is not None:
-      data = self.checkpoints.extra(newest)[DATA]
-      self.batches.restore(data, self.config.run.resume_changes)
-      state = from_tree(like, self.checkpoints.restore(newest, tree(like)))
-      log.info(f"resuming {self.folder} after {newest} steps")
-      return state
+      extra = self.checkpoints.extra(newest)
+      self.batches.restore(extra[DATA], self.config.run.resume_changes)
+      if resumed:
+        self.incidents.resume(newest, extra, self.batches)
+        log.info(f"resuming {self.folder} after {newest} steps")
+      return from_tree(like, self.checkpoints.restore(newest, tree(like)))
     if section.load_full_state_path:
       state = from_tree(like, restore_state(section.load_full_state_path, tree(like))[0])
       log.info(f"starting from {section.load_full_state_path}, after step {int(state.step) - 1}")
@@ -268,8 +289,8 @@ class Run:
     limit = None if config.eval.eval_steps == -1 else config.eval.eval_steps
 
     def held_out() -> Iterator[Batch]:
-      batches = self._batches(eval_batches, rows)
-      return itertools.islice(self._placed(batches, rows), limit)
+      batches = self.open_batches(eval_batches, self.corpus, rows)
+      return itertools.islice(self.placed(batches, rows), limit)
 
     return Evaluate(
       section=config.eval,
@@ -292,17 +313,17 @@ class Run:
   def _beside(self, finished: int) -> dict[str, Any]:
     """What stands in a checkpoint beside the state."""
     self.metrics.flush()  # a checkpoint must not know of steps that the metrics have lost
-    facts = resume.facts(self.config, self.devices)
+    facts = resume.facts(self.config, self.devices) | self.incidents.facts()
     if self.evaluate is not None and self.evaluate.at == finished:
       facts[resume.LOSS] = self.evaluate.last
     return {CONFIG: self.config.resolved(), FACTS: facts, DATA: self.batches.state()}
 
-  def _batches(self, source: Callable[..., Batches], rows: int) -> Batches:
+  def open_batches(self, source: Callable[..., Batches], corpus: Corpus, rows: int) -> Batches:
     """This host's part of batches of `rows` rows in all."""
     mine = host_rows(self._where(rows), rows, self.length)
-    return source(self.corpus, self.config.data, rows, self.length, rows=mine)
+    return source(corpus, self.config.data, rows, self.length, rows=mine)
 
-  def _placed(self, batches: Iterator[dict], rows: int) -> Iterator[Batch]:
+  def placed(self, batches: Iterator[Any], rows: int) -> Iterator[Batch]:
     where = self._where(rows)
     first = host_rows(where, rows, self.length).start
     return (place(batch, where, rows, first) for batch in batches)
@@ -325,20 +346,9 @@ class Run:
       self.progress.step(done.step, scalars)
       if due(done.step, config.observe, config.training.steps):
         self.metrics.scalars(done.step, scalars)
-      if not done.metrics["ok"]:
-        raise Diverged(self._diverged(done))
+      self.incidents.heard(done)
 
     return report
-
-  def _diverged(self, done: Done) -> str:
-    newest = self.checkpoints.newest() if self.checkpoints is not None else None
-    kept = (
-      "no checkpoint was saved"
-      if newest is None
-      else f"the newest checkpoint is after step {newest - 1}"
-    )
-    loss, norm = float(done.metrics["loss"]), float(done.metrics["raw_grad_norm"])
-    return f"step {done.step}: loss {loss:g}, gradient norm {norm:g}; it was not applied, {kept}"
 
   def _farewell(self, end: End, loss: float | None, stop: Stop) -> None:
     """How the run ended, and what to do with it now; `loss` is that of the last evaluation."""

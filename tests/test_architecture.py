@@ -30,7 +30,7 @@ LEVELS = (  # a module imports from levels above its own in this list, and from 
   ("program", "hardware", "signals", "resume", "adoption"),
   ("estimate",),
   ("trainer", "conversion"),
-  ("train", "decode", "compile", "launch", "explain", "inspect"),
+  ("train", "decode", "compile", "launch", "explain", "inspect", "replay"),
   ("convert",),  # offers another entry point's work as one of its commands
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

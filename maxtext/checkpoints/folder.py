@@ -129,15 +129,18 @@ class Folder:
     """
     complete = [step for step in self.named() if self._complete(step)]
     for step in complete[:-keep]:
-      if step == latest:
-        continue
-      leaving = self.path / f"{step}.deleting"
-      try:
-        self.step(step).rename(leaving)
-        shutil.rmtree(leaving)
-      except OSError as error:
-        log.warning("%s: cannot be deleted: %s", self.step(step), error.strerror)
-      self._whole.pop(step, None)
+      if step != latest:
+        self.drop(step)
+
+  def drop(self, step: int) -> None:
+    """Delete a step, as far as that works."""
+    leaving = self.path / f"{step}.deleting"
+    try:
+      self.step(step).rename(leaving)
+      shutil.rmtree(leaving)
+    except OSError as error:
+      log.warning("%s: cannot be deleted: %s", self.step(step), error.strerror)
+    self._whole.pop(step, None)
 
   def _check(self, step: int) -> Manifest:
     folder = self.step(step)

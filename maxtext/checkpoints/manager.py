@@ -25,6 +25,7 @@ from maxtext.checkpoints.sections import Checkpoint
 from maxtext.errors import CheckpointError
 from maxtext.log import log
 
+HISTORY = "history"  # of a state: what a guard knows of the last steps
 Extra = Mapping[str, str | Mapping[str, Any]]
 
 
@@ -144,8 +145,13 @@ class Checkpoints:
     broken = lambda: [step for step in self._folder.named() if not self._folder.whole(step)]
     return tuple(hosts.first(broken))
 
+  def drop(self, step: int) -> None:
+    """Delete a step."""
+    hosts.first(lambda: self._folder.drop(step))
+
   def restore(self, step: int, target: Any) -> Any:
-    """The state of a step, as `target` (of jax.ShapeDtypeStruct with shardings) describes it.
+    """The state of a step, as `target` (of jax.ShapeDtypeStruct with shardings) describes it; a
+    history that it has not, or of another length, is left out.
 
     Raises CheckpointError when the step is not whole, or is of another model.
     """
@@ -243,7 +249,12 @@ def read_parameters(folder: Path, manifest: Manifest, target_params: Any) -> Any
 
 def _restore(folder: Path, arrays: tuple[Array, ...], target: Any) -> Any:
   storage = _storage()
-  if different := difference(arrays, storage.describe(target)):
+  here = {array.path: array for array in storage.describe(target)}
+  there = {array.path: array for array in arrays}
+  if str(there.get(HISTORY)) != str(here.get(HISTORY)):  # no part of the model
+    target = {name: part for name, part in target.items() if name != HISTORY}
+    here.pop(HISTORY, None), there.pop(HISTORY, None)
+  if different := difference(there.values(), here.values()):
     raise CheckpointError(f"{folder} is of another model: {different}")
   try:
     return storage.read(folder / STATE, target)

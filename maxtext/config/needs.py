@@ -118,7 +118,18 @@ NEEDS = (
     lambda c: c.decode.decode_sampling_strategy != "greedy",
   ),
   Need(
-    ("save_checkpoint_on_start", "checkpoint_period", "max_num_checkpoints_to_keep"),
+    ("skip_step_interval", "skip_step_scaling_factor", "skip_step_limit"),
+    "skip_step_on_spikes=true",
+    "skip_step_on_spikes",
+    lambda c: c.training.skip_step_on_spikes,
+  ),
+  Need(
+    (
+      "save_checkpoint_on_start",
+      "checkpoint_period",
+      "max_num_checkpoints_to_keep",
+      "rollback_limit",
+    ),
     "enable_checkpointing=true",
     "enable_checkpointing",
     lambda c: c.checkpoint.enable_checkpointing,

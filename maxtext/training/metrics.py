@@ -12,6 +12,7 @@ from typing import Any, Self
 from maxtext.errors import ConfigError
 from maxtext.log import log
 from maxtext.training import histograms
+from maxtext.training.guardian import JUDGED
 from maxtext.training.metrics_file import MetricsFile
 from maxtext.training.sections import Observe
 from maxtext.training.tensorboard import Events
@@ -30,7 +31,7 @@ _GROUPS = {
     "param_norm",
     "current_learning_rate",
   ),
-  "optim": ("step_skipped",),
+  "optim": ("step_skipped", *JUDGED),
 }
 _TAGS = {name: f"{group}/{name}" for group, names in _GROUPS.items() for name in names}
 _ORDER = {name: place for place, name in enumerate(_TAGS)}
@@ -51,11 +52,14 @@ def due(step: int, observe: Observe, steps: int) -> bool:
 
 def step_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
   """The tagged scalars of what the train step returns, name -> number, the perplexity, and of the
-  layers' loads of experts the highest.
+  layers' loads of experts the highest; norms that are of some steps only are left out.
 
   Raises KeyError for a metric that has no tag: every scalar has one published name.
   """
-  values = {name: float(value) for name, value in metrics.items()}
+  arrays = ("judged", "norms")
+  values = {name: float(value) for name, value in metrics.items() if name not in arrays}
+  if "judged" in metrics:
+    values |= zip(JUDGED, map(float, metrics["judged"]), strict=True)
   if "lm_loss" in values:
     values["perplexity"] = perplexity(values["lm_loss"])
   if "learning_rate" in values:

@@ -30,7 +30,7 @@ class MetricsFile:
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Append one line: step, run_name, then the values."""
-    row = {"step": step, "run_name": self.run_name} | {k: _number(v) for k, v in values.items()}
+    row = {"step": step, "run_name": self.run_name} | {k: number(v) for k, v in values.items()}
     line = (json.dumps(row, allow_nan=False) + "\n").encode()
     try:
       self._append(line)
@@ -68,7 +68,7 @@ class MetricsFile:
     os.close(self._fd)
 
 
-def _number(value: float) -> float | str:
+def number(value: float) -> float | str:
   """A finite number; else the string 'NaN', 'Infinity' or '-Infinity', which float() reads too.
 
   JSON has no such numbers; these are the spellings of protobuf's JSON mapping.

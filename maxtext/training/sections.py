@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from maxtext.bounds import Bound, Count, CountOrOff, Fraction, NotNegative, Positive, Whole
+from maxtext.bounds import LARGEST, Bound, Count, CountOrOff, Fraction, NotNegative, Positive, Whole
 
 Beta = Annotated[float, Bound(0, 1)]
 
@@ -24,6 +24,11 @@ class Training:
   routed_bias_update_rate: NotNegative
   abort_on_nan_loss: bool
   abort_on_inf_loss: bool
+  skip_step_on_spikes: bool
+  skip_step_interval: Annotated[int, Bound(4, LARGEST)]
+  skip_step_scaling_factor: Positive
+  skip_step_limit: Whole
+  rollback_limit: Whole
   enable_dropout: bool
 
   def micro_batch(self, devices: int) -> int:

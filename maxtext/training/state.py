@@ -15,12 +15,13 @@ Params = dict[str, jax.Array]
 @dataclasses.dataclass(frozen=True)
 class State:
   """`step` counts finished steps [], `params` by dotted path, `opt_state` is the optimizer's own
-  tree.
+  tree, `history` what a guard knows of the last steps.
   """
 
   step: jax.Array
   params: Params
   opt_state: Any
+  history: jax.Array | None = None
 
 
 def tree(state: Any) -> dict[str, Any]:
@@ -37,7 +38,13 @@ def tree(state: Any) -> dict[str, Any]:
 
 
 def from_tree(like: Any, nested: dict[str, Any]) -> Any:
-  """The state that is shaped like `like`, from the nested dicts of `tree`."""
+  """The state that is shaped like `like`, from the nested dicts of `tree`; a history that is not
+  among them, or has another length, begins anew.
+  """
+  history = getattr(like, "history", None)
+  if history is not None and "history" not in nested:
+    unknown = np.full(history.shape, np.nan, history.dtype)
+    nested = nested | {"history": jax.device_put(unknown, history.sharding)}
   leaves, structure = jax.tree_util.tree_flatten_with_path(like)
 
   def find(path: tuple) -> Any:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from maxtext.training.guardian import Guard, passed
 from maxtext.training.state import Params, State
 
 Batch = dict[str, jax.Array]
@@ -27,7 +28,8 @@ class Rules:
 
   `accumulate` micro-batches make one batch; gradients are summed in `grad_dtype`, and shortened to
   `clip` where their norm is larger (0: never); a loss or gradient that is NaN or infinite leaves
-  the state untouched where the flag of its kind is set; dropout is drawn from `seed` and the step.
+  the state untouched where the flag of its kind is set, and so does what a `guard` does not let
+  pass, if there is one; dropout is drawn from `seed` and the step.
   `mixtures` are the numbers of the layers that have experts, by the path of their block; of those
   that have a choice bias it goes by `bias_rate` towards equal loads, and never by a gradient. The
   optimizer works on every parameter in its one of the `places`, if it has any; `near` brings its
@@ -39,6 +41,7 @@ class Rules:
   clip: float = 0.0
   abort_on_nan: bool = True
   abort_on_inf: bool = True
+  guard: Guard | None = None
   dropout: bool = False
   seed: int = 0
   mixtures: Mapping[str, range] = dataclasses.field(default_factory=dict)
@@ -55,8 +58,10 @@ def make_step(
 
   Metrics: each mean of the objective by name, 'total_weights', 'raw_grad_norm' and 'grad_norm'
   (before and after clipping), 'param_norm', 'learning_rate', 'ok', false where the step was not
-  applied, and for each layer with experts 'expert_load/NUMBER', the highest load over the mean.
+  applied, and for each layer with experts 'expert_load/NUMBER', the highest load over the mean;
+  with a guard also what it has 'judged' and the 'norms' of gradients that are not applied.
   """
+  guard = rules.guard
 
   def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(rules.seed), state.step) if rules.dropout else None
@@ -68,6 +73,9 @@ def make_step(
     if rules.clip:
       scale *= jnp.where(norm > rules.clip, rules.clip / norm, 1.0)
     ok = _acceptable(rules, sums["loss"].value, norm)
+    if guard is not None and guard.factor:
+      judged, state = guard.judge(state, sums["loss"].value, norm)
+      ok &= (judged[:2] <= guard.factor).all()
 
     # a choice for every array instead would keep old and new ones of all of them
     def descend(state: State, grads: Params) -> State:
@@ -76,7 +84,12 @@ def make_step(
       params = new.params | _biases(rules, state.params, loads)
       return dataclasses.replace(new, params=params, opt_state=rules.far(new.opt_state))
 
-    new = jax.lax.cond(ok, descend, lambda state, grads: state, state, grads)
+    def refuse(state: State, grads: Params) -> tuple[State, jax.Array | None]:
+      return (state, None) if guard is None else (passed(state), guard.norms(grads) / weight)
+
+    unneeded = jax.eval_shape(refuse, state, grads)[1]
+    accept = lambda state, grads: (descend(state, grads), optax.tree.zeros_like(unneeded))
+    new, norms = jax.lax.cond(ok, accept, refuse, state, grads)
     metrics = {name: mean.value for name, mean in sums.items()}
     metrics |= {
       "total_weights": sums["loss"].weight,
@@ -86,6 +99,8 @@ def make_step(
       "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
       "ok": ok,
     }
+    if guard is not None:
+      metrics |= {"norms": norms} | ({"judged": judged} if guard.factor else {})
     return new, metrics | _unevenness(rules, loads)
 
   return step
@@ -107,7 +122,8 @@ def _descend(
     state = dataclasses.replace(state, params=params)
   grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  new = State(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+  params = optax.apply_updates(state.params, updates)
+  new = State(state.step + 1, params, opt_state, state.history)
   # in the dtype that the state has: optimizers compute in that of the gradients
   return jax.tree.map(lambda a, b: a.astype(b.dtype), new, state)
 
