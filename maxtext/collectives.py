@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from maxtext import sharding
 
@@ -47,19 +47,17 @@ def partial(product: Callable[..., jax.Array], axes: sharding.Axes, *rows: jax.A
   if layout is None or not (tokens := layout.token_axes):
     return product(*rows)[None]
 
-  def one(*rows: jax.Array) -> jax.Array:
-    share = product(*rows)
-    place = layout.gathered(axes, share.shape).spec
-    return jax.lax.with_sharding_constraint(share, place)[None]
-
-  return jax.shard_map(
-    one,
+  shares = jax.shard_map(
+    lambda *rows: product(*rows)[None],
     mesh=layout.mesh,
     in_specs=layout.tokens,
     out_specs=PartitionSpec(tokens),
-    axis_names=set(tokens),  # over the other axes it stays one program
+    axis_names={*tokens, *layout.around},  # over the other axes it stays one program
     check_vma=False,
   )(*rows)
+  kept = layout.gathered(axes, shares.shape[1:]).spec
+  place = NamedSharding(layout.mesh, PartitionSpec(tokens, *kept))
+  return jax.lax.with_sharding_constraint(shares, place)
 
 
 def scatter(shares: jax.Array, axes: sharding.Axes) -> jax.Array:

@@ -30,6 +30,7 @@ Axis = Literal[
 AXES: tuple[str, ...] = get_args(Axis)
 WORKING = (
   "data",
+  "stage",
   "fsdp",
   "fsdp_transpose",
   "sequence",

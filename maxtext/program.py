@@ -236,7 +236,9 @@ def _spread(batch: Batch, layout: sharding.Layout) -> Batch:
 
 def plan(config: Config, spec: DecoderSpec) -> Plan:
   """The model without its parameters, whatever the devices."""
-  return Plan.of(functools.partial(Decoder, spec, _compute(config), config.memory))
+  return Plan.of(
+    functools.partial(Decoder, spec, _compute(config), config.memory, pipeline=config.pipeline)
+  )
 
 
 def stages(spec: DecoderSpec) -> list[tuple[int, int]]:

@@ -10,7 +10,8 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -93,12 +94,14 @@ class Rules:
 class Layout:
   """A mesh and the rules that place arrays on it.
 
-  Axes that are `idle` split parameters, which are joined in use, and no activation.
+  Axes that are `idle` split parameters, which are joined in use, and no activation. Those `around`
+  split a dimension that a vmap adds to every array.
   """
 
   mesh: Mesh
   rules: Rules
   idle: tuple[str, ...] = ()
+  around: tuple[str, ...] = ()
 
   def sharding(self, axes: Axes, shape: Sequence[int], name: str = "") -> NamedSharding:
     """Where an array with these logical axes and shape stands."""
@@ -150,6 +153,11 @@ class Layout:
     """Whether [b t ...] divides by what splits its tokens."""
     return rows.shape[0] % self.batch_ways == 0 and rows.shape[1] % self.ways(LENGTH) == 0
 
+  def inside(self, axis: str) -> Layout:
+    """For what a vmap over this mesh axis runs: it splits nothing there."""
+    table = {name: tuple(m for m in axes if m != axis) for name, axes in self.rules.table.items()}
+    return Layout(self.mesh, Rules(table), self.idle, (axis,))
+
   def with_whole_lengths(self) -> Layout:
     """The same mesh and parameters, for tokens that come one by one: no length is split."""
     lengths = {name: () for name in self.rules.table if "length" in name}
@@ -167,6 +175,28 @@ def use(layout: Layout | None) -> Iterator[None]:
     yield
   finally:
     _active.reset(token)
+
+
+def within(layout: Layout, function: Callable) -> Callable:
+  """The function, which places arrays by `layout` on the way back as well, where it is traced only
+  after `use` has ended.
+  """
+
+  @jax.custom_vjp
+  def placed(*args: Any) -> Any:
+    with use(layout):
+      return function(*args)
+
+  def forward(*args: Any) -> tuple[Any, Callable]:
+    with use(layout):
+      return jax.vjp(function, *args)
+
+  def backward(pull: Callable, g: Any) -> tuple:
+    with use(layout):
+      return pull(g)
+
+  placed.defvjp(forward, backward)
+  return placed
 
 
 def active() -> Layout | None:

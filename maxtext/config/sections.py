@@ -11,7 +11,7 @@ from maxtext.config.run import Run
 from maxtext.data.sections import Data
 from maxtext.hosts.sections import Hosts
 from maxtext.jobs.sections import Launch
-from maxtext.layers.sections import Experts, Kernel, Memory, Precision
+from maxtext.layers.sections import Experts, Kernel, Memory, Pipeline, Precision
 from maxtext.mesh import Mesh
 from maxtext.serve.sections import Decode
 from maxtext.training.sections import Eval, Observe, Optimizer, Training
@@ -28,6 +28,7 @@ class Sections:
   experts: Experts
   kernel: Kernel
   mesh: Mesh
+  pipeline: Pipeline
   hosts: Hosts
   training: Training
   optimizer: Optimizer

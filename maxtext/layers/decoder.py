@@ -14,7 +14,7 @@ from maxtext.layers.blocks import drop
 from maxtext.layers.norms import make_norm
 from maxtext.layers.params import Compute, dot, lookup, param
 from maxtext.layers.routing import Routed
-from maxtext.layers.sections import Memory
+from maxtext.layers.sections import Memory, Pipeline
 from maxtext.layers.stacking import Stack, remat
 from maxtext.masks import Mask
 from maxtext.sharding import STREAM, constrain, joined
@@ -24,7 +24,14 @@ from maxtext.specs import DecoderSpec
 class Decoder(nnx.Module):
   """A decoder-only language model, built from its spec alone."""
 
-  def __init__(self, spec: DecoderSpec, compute: Compute, memory: Memory, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    spec: DecoderSpec,
+    compute: Compute,
+    memory: Memory,
+    rngs: nnx.Rngs,
+    pipeline: Pipeline | None = None,
+  ):
     small, dtype = jax.nn.initializers.normal(0.02), compute.weight_dtype
     self.spec, self.compute, self.memory = spec, compute, memory
     self.embedding = param(rngs, small, dtype, vocab=spec.vocab, embed=spec.width)
@@ -33,7 +40,11 @@ class Decoder(nnx.Module):
       if spec.positions
       else None
     )
-    self.stages = nnx.List([Stack(s, spec.width, compute, memory, rngs) for s in spec.stages])
+    longest = pipeline and spec.longest
+    self.stages = nnx.List(
+      Stack(s, spec.width, compute, memory, rngs, pipeline if i == longest else None)
+      for i, s in enumerate(spec.stages)
+    )
     self.norm = make_norm(spec.norm, spec.width, compute, rngs)
     unembed = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
     self.unembedding = (

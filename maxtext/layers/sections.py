@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from maxtext.bounds import LARGEST, Bound, Whole
+from maxtext.bounds import LARGEST, Bound, Count, Whole
+from maxtext.layers.schedule import Schedule
 
 Float = Literal["float32", "bfloat16"]
 Side = Annotated[int, Bound(128, LARGEST)]
+Layers = Annotated[int, Bound(1, LARGEST, special=-1)]
 TensorLayout = Literal["HEAD_DIM_MINOR", "SEQ_MINOR"]
 
 
@@ -39,6 +41,29 @@ class Memory:
     "save_out_proj",
   ]
   num_vocab_tiling: Whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """How the layers of a decoder go through the stages that a mesh may have."""
+
+  num_layers_per_pipeline_stage: Layers
+  num_pipeline_repeats: Count
+  num_pipeline_microbatches: Layers
+  pipeline_parallel_layers: Layers
+  pipeline_delay_activation_forwarding: bool
+
+  def schedule(self, stages: int, copies: int) -> Schedule:
+    """For a stack of so many copies of its blocks."""
+    microbatches = self.num_pipeline_microbatches
+    hop = 2 if self.pipeline_delay_activation_forwarding else 1
+    return Schedule(
+      stages=stages,
+      repeats=self.num_pipeline_repeats,
+      layers=copies // (stages * self.num_pipeline_repeats),
+      microbatches=stages * hop if microbatches == -1 else microbatches,
+      hop=hop,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

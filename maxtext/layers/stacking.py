@@ -4,6 +4,7 @@ by name.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,11 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from maxtext import sharding
+from maxtext.layers import pipeline
 from maxtext.layers.blocks import Block
 from maxtext.layers.grouped import Pair
 from maxtext.layers.params import Compute
 from maxtext.layers.routing import Routed
-from maxtext.layers.sections import Memory
+from maxtext.layers.schedule import STAGE, Schedule
+from maxtext.layers.sections import Memory, Pipeline
 from maxtext.masks import Mask
 from maxtext.specs import Stage
 
@@ -42,8 +46,16 @@ class Stack(nnx.Module):
   The parameters are the same whether the repeats are scanned or unrolled.
   """
 
-  def __init__(self, stage: Stage, width: int, compute: Compute, memory: Memory, rngs: nnx.Rngs):
-    self.repeat, self.memory = stage.repeat, memory
+  def __init__(
+    self,
+    stage: Stage,
+    width: int,
+    compute: Compute,
+    memory: Memory,
+    rngs: nnx.Rngs,
+    pipeline: Pipeline | None = None,
+  ):
+    self.repeat, self.memory, self.pipeline = stage.repeat, memory, pipeline
 
     @nnx.split_rngs(splits=stage.repeat)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -72,7 +84,30 @@ class Stack(nnx.Module):
     graph, weights = nnx.split(self.blocks)
     weights = jax.tree.map(_one_layer, weights, is_leaf=lambda v: isinstance(v, nnx.Variable))
     keys = None if key is None else jax.random.split(key, self.repeat)
-    numbers = None if caches is None else jnp.arange(self.repeat)
+    run = functools.partial(self._run, graph)
+    if caches is None and (schedule := self._schedule()) is not None:
+
+      def layers(weights: Any, x: jax.Array, mask: Mask, keys: Any) -> tuple[jax.Array, Any]:
+        x, _, said, _ = run(weights, x, mask, None, keys, {})
+        return x, said
+
+      x, said = pipeline.run(layers, weights, x, mask, keys, schedule)
+      return x, None, said, kept
+    return run(weights, x, mask, caches, keys, kept)
+
+  def _schedule(self) -> Schedule | None:
+    """How the layers go through stages, if the mesh has several and these are to."""
+    layout = sharding.active()
+    if self.pipeline is None or layout is None or layout.mesh.shape.get(STAGE, 1) == 1:
+      return None
+    return self.pipeline.schedule(layout.mesh.shape[STAGE], self.repeat)
+
+  def _run(
+    self, graph: Any, weights: Any, x: jax.Array, mask: Mask, caches: Any, keys: Any, kept: Kept
+  ) -> tuple[jax.Array, Any, dict[str, Routed], Kept]:
+    """Layers whose weights and keys are stacked, one after the other."""
+    repeat = jax.tree.leaves(weights)[0].shape[0]
+    numbers = None if caches is None else jnp.arange(repeat)
 
     def body(carry: tuple[jax.Array, Any, Kept], part: Any) -> tuple[Any, dict]:
       (x, caches, own), (weights, layer, key), said = carry, part, {}
@@ -95,7 +130,7 @@ class Stack(nnx.Module):
       (x, caches, own), said = lax.scan(body, carry, parts)
       return x, caches, said, {**kept, **own}
     layers = []
-    for part in _unstack(parts, self.repeat):
+    for part in _unstack(parts, repeat):
       carry, one = body(carry, part)
       layers.append(one)
     x, caches, own = carry

@@ -139,6 +139,12 @@ class DecoderSpec:
     return sum(len(stage.blocks) * stage.repeat for stage in self.stages)
 
   @property
+  def longest(self) -> int:
+    """The stage with the most layers, which is the one that a pipeline takes."""
+    layers = [len(stage.blocks) * stage.repeat for stage in self.stages]
+    return layers.index(max(layers))
+
+  @property
   def mixtures(self) -> dict[str, range]:
     """The numbers of the layers whose feed-forward part is a mixture of experts, by the path of
     their block, as 'stages.0.blocks.1'.
