@@ -159,9 +159,11 @@ class Layout:
     return Layout(self.mesh, Rules(table), self.idle, (axis,))
 
   def with_whole_lengths(self) -> Layout:
-    """The same mesh and parameters, for tokens that come one by one: no length is split."""
-    lengths = {name: () for name in self.rules.table if "length" in name}
-    return Layout(self.mesh, Rules({**self.rules.table, **lengths}), self.splits(LENGTH))
+    """The same mesh and parameters, for tokens that come one by one: no length is split, and caches
+    have all layers.
+    """
+    whole = {name: () for name in self.rules.table if "length" in name or name == "layers"}
+    return Layout(self.mesh, Rules({**self.rules.table, **whole}), self.splits(LENGTH))
 
 
 _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
@@ -231,6 +233,11 @@ class Declared:
   shape: tuple[int, ...]
   dtype: np.dtype
   axes: tuple[str | None, ...]
+
+  @property
+  def stacked(self) -> bool:
+    """Whether its first dimension counts layers."""
+    return bool(self.axes) and (self.axes[0] or "").startswith("layers")
 
 
 def of(params: Mapping[str, Declared], layout: Layout) -> dict[str, NamedSharding]:

@@ -46,9 +46,9 @@ def collectives(text, kind):
 def contracted(built):
   """Elements of every parameter that is contracted, of a single layer, by name."""
   return {
-    name: math.prod(p.shape) // (p.shape[0] if p.axes[0] == "layers" else 1)
+    name: math.prod(p.shape) // (p.shape[0] if p.stacked else 1)
     for name, p in built.plan.declared.items()
-    if name != "embedding" and len(set(p.axes) - {"layers"}) > 1
+    if name != "embedding" and len(set(p.axes) - {"layers", "layers_outside_pipeline"}) > 1
   }
 
 

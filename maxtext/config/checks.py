@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 from maxtext.bounds import LARGEST
+from maxtext.config import stages
 from maxtext.config.complaints import Complaint
 from maxtext.config.config import RULES, Config
 from maxtext.config.decoder import ELSEWHERE, in_effect
@@ -39,6 +40,7 @@ def of_run(config: Config, purpose: Purpose, environ: Mapping[str, str]) -> Iter
   yield from _unused(config)
   yield from _rules(config)
   yield from _model(config)
+  yield from stages.of_layers(config)
   yield from _names(config)
   yield from _prompts(config)
   yield from _virtual_devices(config, environ)

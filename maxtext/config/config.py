@@ -61,10 +61,14 @@ class Config(Sections):
     return self.sources[key].level != BASE and self.values[key] != coerce(hint_of(key), first.node)
 
   @functools.cached_property
+  def model(self) -> DecoderSpec | None:
+    """The decoder, but for its vocabulary; None where it cannot be read."""
+    return spec(self.block, self.architecture, 1)[0]
+
+  @property
   def blocks(self) -> tuple[BlockSpec, ...] | None:
-    """Every block of the decoder; None where it cannot be read."""
-    made, _ = spec(self.block, self.architecture, 1)
-    return None if made is None else made.blocks
+    """Every block of it."""
+    return None if self.model is None else self.model.blocks
 
   @property
   def moes(self) -> list[MoeSpec] | None:
@@ -83,7 +87,7 @@ class Config(Sections):
     new = {name: dataclasses.replace(getattr(self, name), **v) for name, v in sections.items()}
     made = dataclasses.replace(self, **new)
     if "architecture" not in new:  # then the blocks are the same ones, and need not be read again
-      vars(made)["blocks"] = self.blocks
+      vars(made)["model"] = self.model
     return made
 
   def report(self) -> Iterator[str]:
@@ -114,7 +118,7 @@ class Config(Sections):
     if made is None:
       line, path, problem, _ = problems[0]
       raise ConfigError(f"{self.block.place}:{line}  {path}", problem)
-    return made
+    return made.cut(self.pipeline.pipeline_parallel_layers)
 
   def resolved(self) -> str:
     """Every value as YAML that loads again as this same configuration, but for this process's place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from maxtext.config import stages
 from maxtext.config.checks import Problem, settle
 from maxtext.config.complaints import lines
 from maxtext.config.config import Config
@@ -72,6 +73,7 @@ def on_devices(config: Config, devices: int) -> Iterator[Problem]:
   yield from _length(config, sizes)
   yield from _split(config, sizes)
   yield from _collisions(config, sizes)
+  yield from stages.on_stages(config, sizes, devices)
   if config.mesh.ways(LENGTH, sizes) > 1:
     yield from unordered(config)
     yield from _attended(config, sizes)

@@ -57,14 +57,14 @@ class Parts:
     """Elements of a parameter, or of one layer of it, as a device uses it; experts stay split."""
     apart = tuple(m for m in self.tokens if "exp" not in p.axes or m not in self.rules["exp"])
     size = math.prod(p.shape) // self.ways(*p.axes, without=apart)
-    return size * self.ways("layers") // p.shape[0] if p.axes[0] == "layers" else size
+    return size * self.ways(p.axes[0]) // p.shape[0] if p.stacked else size
 
   def summed(self, p: Declared) -> int:
     """Elements of a layer's gradient that are added up over devices which hold the same ones."""
     split = {m for name in p.axes if name for m in self.rules.get(name, ())}
     if all(self.sizes.get(m, 1) == 1 or m in split for m in self.tokens):
       return 0
-    return self.here(p) * self.ways("layers") // p.shape[0] if p.axes[0] == "layers" else 0
+    return self.here(p) * self.ways(p.axes[0]) // p.shape[0] if p.stacked else 0
 
 
 @dataclasses.dataclass(frozen=True)

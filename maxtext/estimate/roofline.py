@@ -85,7 +85,7 @@ def seconds(model: Model, parts: Parts, network: Network, held: Bytes, rows: int
 
 
 def _layers(p, parts: Parts) -> int:
-  return p.shape[0] // parts.ways("layers") if p.axes[0] == "layers" else 1
+  return p.shape[0] // parts.ways(p.axes[0]) if p.stacked else 1
 
 
 def _again(model: Model, tokens: int) -> float:

@@ -40,9 +40,11 @@ class Decoder(nnx.Module):
       if spec.positions
       else None
     )
-    longest = pipeline and spec.longest
+    own = (compute, memory, rngs)
     self.stages = nnx.List(
-      Stack(s, spec.width, compute, memory, rngs, pipeline if i == longest else None)
+      Stack(s, spec.width, *own, pipeline)
+      if i == spec.longest
+      else Stack(s, spec.width, *own, layers="layers_outside_pipeline")
       for i, s in enumerate(spec.stages)
     )
     self.norm = make_norm(spec.norm, spec.width, compute, rngs)

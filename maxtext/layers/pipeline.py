@@ -1,12 +1,14 @@
 """Layers spread over the mesh axis 'stage': each stage works on some rows, while the next one works
 on those that it has passed on.
 
-A step takes `schedule.ticks`. At each, every stage takes what the one before it has made, and runs
-its layers: the same program on other rows, so one `vmap` whose axis the mesh splits. Rows that wait
-for the first stage stand split over the stages, and move towards it a stage a turn; what the last
-stage makes takes the places that they leave, and is there for its next repeat in time. So nothing is
-ever whole on one device, and rows end split as they began. Letters: s stages, r repeats, l layers of
-a stage in a repeat, m microbatches of n rows, w of them waiting at each stage.
+At each tick of a schedule every stage takes what the one before it has made, and runs its layers:
+the same program on other rows, so one `vmap` whose axis the mesh splits. Rows that wait for the
+first stage stand split over all of them, and move towards it a stage a turn; what the last stage
+makes takes the places that they leave, and is there for its next repeat in time. So nothing is ever
+whole on one device, and rows end split as they began.
+
+Letters: s stages, r repeats, l layers of a stage in a repeat, n rows of a microbatch, w of these
+waiting at each stage.
 """
 
 from __future__ import annotations

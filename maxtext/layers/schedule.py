@@ -1,4 +1,4 @@
-"""How layers and microbatches go through the stages of a pipeline: arithmetic alone, without jax."""
+"""How layers and microbatches go through the stages of a pipeline: arithmetic, without jax."""
 
 from __future__ import annotations
 

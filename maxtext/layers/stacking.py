@@ -41,7 +41,7 @@ SAVED = {  # remat policy -> the tagged activations that the backward pass does 
 
 
 class Stack(nnx.Module):
-  """A stage's blocks with every parameter stacked over a leading 'layers' axis of size `repeat`.
+  """A stage's blocks with every parameter stacked over a leading axis `layers` of size `repeat`.
 
   The parameters are the same whether the repeats are scanned or unrolled.
   """
@@ -54,6 +54,7 @@ class Stack(nnx.Module):
     memory: Memory,
     rngs: nnx.Rngs,
     pipeline: Pipeline | None = None,
+    layers: str = "layers",
   ):
     self.repeat, self.memory, self.pipeline = stage.repeat, memory, pipeline
 
@@ -64,7 +65,7 @@ class Stack(nnx.Module):
 
     self.blocks = build(rngs)
     for _, p in nnx.to_flat_state(nnx.state(self.blocks)):
-      p.set_metadata(axes=("layers", *p.get_metadata()["axes"]))
+      p.set_metadata(axes=(layers, *p.get_metadata()["axes"]))
 
   def __call__(
     self,
@@ -82,10 +83,11 @@ class Stack(nnx.Module):
     place.
     """
     graph, weights = nnx.split(self.blocks)
-    weights = jax.tree.map(_one_layer, weights, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    weights = jax.tree.map(_one_layer, weights, is_leaf=_is_variable)
     keys = None if key is None else jax.random.split(key, self.repeat)
     run = functools.partial(self._run, graph)
-    if caches is None and (schedule := self._schedule()) is not None:
+    schedule = self._schedule()
+    if caches is None and schedule is not None:
 
       def layers(weights: Any, x: jax.Array, mask: Mask, keys: Any) -> tuple[jax.Array, Any]:
         x, _, said, _ = run(weights, x, mask, None, keys, {})
@@ -98,9 +100,10 @@ class Stack(nnx.Module):
   def _schedule(self) -> Schedule | None:
     """How the layers go through stages, if the mesh has several and these are to."""
     layout = sharding.active()
-    if self.pipeline is None or layout is None or layout.mesh.shape.get(STAGE, 1) == 1:
-      return None
-    return self.pipeline.schedule(layout.mesh.shape[STAGE], self.repeat)
+    stages = 1 if layout is None else layout.mesh.shape.get(STAGE, 1)
+    return (
+      None if stages == 1 or self.pipeline is None else self.pipeline.schedule(stages, self.repeat)
+    )
 
   def _run(
     self, graph: Any, weights: Any, x: jax.Array, mask: Mask, caches: Any, keys: Any, kept: Kept
@@ -108,9 +111,12 @@ class Stack(nnx.Module):
     """Layers whose weights and keys are stacked, one after the other."""
     repeat = jax.tree.leaves(weights)[0].shape[0]
     numbers = None if caches is None else jnp.arange(repeat)
+    apart = weights if caches is not None and self._schedule() is not None else None
 
     def body(carry: tuple[jax.Array, Any, Kept], part: Any) -> tuple[Any, dict]:
       (x, caches, own), (weights, layer, key), said = carry, part, {}
+      if apart is not None:
+        weights = jax.tree.map(lambda p: pipeline.layer(p, layer), apart, is_leaf=_is_variable)
       for i, block in enumerate(nnx.merge(graph, weights)):
         keeps, takes = block.spec.shared
         own = own if keeps is None else {**own, keeps: block.keys_values(x, mask)}
@@ -125,7 +131,10 @@ class Stack(nnx.Module):
       return (x, caches, own), said
 
     body = remat(body, self.memory)
-    carry, parts = (x, caches, self._begun(x, kept)), (weights, numbers, keys)
+    carry, parts = (
+      (x, caches, self._begun(x, kept)),
+      (weights if apart is None else None, numbers, keys),
+    )
     if self.memory.scan_layers:
       (x, caches, own), said = lax.scan(body, carry, parts)
       return x, caches, said, {**kept, **own}
@@ -142,6 +151,10 @@ class Stack(nnx.Module):
     own = {block.spec.shared[0]: block.attention for block in self.blocks}
     begun = lambda name: kept.get(name) or own[name].no_keys_values(x.shape[:2])
     return {name: begun(name) for name in own if name is not None}
+
+
+def _is_variable(value: Any) -> bool:
+  return isinstance(value, nnx.Variable)
 
 
 def _one_layer(p: nnx.Param) -> nnx.Param:

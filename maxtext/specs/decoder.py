@@ -144,6 +144,21 @@ class DecoderSpec:
     layers = [len(stage.blocks) * stage.repeat for stage in self.stages]
     return layers.index(max(layers))
 
+  def cut(self, layers: int) -> DecoderSpec:
+    """The same with the longest stage in two after so many layers, which are then the longest;
+    -1 = all.
+    """
+    stage = self.stages[self.longest]
+    first, left = divmod(layers, len(stage.blocks))
+    if layers == -1 or layers == len(stage.blocks) * stage.repeat:
+      return self
+    if left or first > stage.repeat:
+      problem = f"{layers} layers are no part of {stage.repeat} x {len(stage.blocks)}"
+      raise ConfigError("pipeline_parallel_layers", f"{problem}; use -1")
+    parts = (Stage(stage.blocks, first), Stage(stage.blocks, stage.repeat - first))
+    at = self.longest
+    return dataclasses.replace(self, stages=(*self.stages[:at], *parts, *self.stages[at + 1 :]))
+
   @property
   def mixtures(self) -> dict[str, range]:
     """The numbers of the layers whose feed-forward part is a mixture of experts, by the path of
