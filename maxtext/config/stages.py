@@ -9,11 +9,12 @@ from maxtext.layers.schedule import STAGE, Schedule
 from maxtext.training.sections import rows
 
 Problem = tuple[str, ...]
-KEY, REPEATS, MICROBATCHES = (
+EACH, TAKEN, DEPTH = (
   "num_layers_per_pipeline_stage",
-  "num_pipeline_repeats",
-  "num_pipeline_microbatches",
+  "pipeline_parallel_layers",
+  "base_num_decoder_layers",
 )
+REPEATS, MICROBATCHES = "num_pipeline_repeats", "num_pipeline_microbatches"
 
 
 def of_layers(config: Config) -> Iterator[Problem]:
@@ -28,7 +29,7 @@ def of_layers(config: Config) -> Iterator[Problem]:
     unit = f"a multiple of {cycle} " if cycle > 1 else ""
     problem = f"{taken} of the {most} layers in a row that are alike"
     yield (
-      "pipeline_parallel_layers",
+      TAKEN,
       f"{problem}; use {unit}from {-(-most // 2)} to {most}",
       "base_num_decoder_layers",
     )
@@ -36,54 +37,45 @@ def of_layers(config: Config) -> Iterator[Problem]:
 
 def on_stages(config: Config, sizes: Mapping[str, int], devices: int) -> Iterator[Problem]:
   """What is wrong with a pipeline on a mesh of these sizes."""
-  if (
-    (stages := sizes.get(STAGE, 1)) == 1
-    or (model := config.model) is None
-    or next(of_layers(config), None)
-  ):
+  stages, model, section = sizes.get(STAGE, 1), config.model, config.pipeline
+  if stages == 1 or model is None or next(of_layers(config), None):
     return
   keys = [key for key in config.mesh.keys(STAGE) if getattr(config.mesh, key) != 1]
   if (rule := tuple(config.mesh.logical_axis_rules.get("layers", ()))) != (STAGE,):
     problem = f"layers goes to {list(rule)}; with {STAGE} {stages} it must go to [{STAGE}]"
     yield RULES, problem, *keys
-  model = model.cut(config.pipeline.pipeline_parallel_layers)
-  stage = model.stages[model.longest]
+  stage = (model := model.cut(section.pipeline_parallel_layers)).stages[model.longest]
   if any(block.shared != (None, None) for block in stage.blocks):
-    yield (
-      keys[0],
-      "layers keep keys and values for others, which a pipeline does not send; use 1",
-      *keys[1:],
-    )
+    problem = "the pipeline does not send keys and values that layers keep for others; use 1"
+    yield keys[0], problem, *keys[1:]
     return
-  repeats, cycle = config.pipeline.num_pipeline_repeats, len(stage.blocks)
-  layers, unit = cycle * stage.repeat, cycle * stages * repeats
-  if layers % unit:
-    others = model.depth - layers
-    legal = sorted({max(layers // unit, 1), layers // unit + 1})
-    times = f"{STAGE} {stages}" + (f" x {repeats} repeats" if repeats > 1 else "")
-    times += f" of {cycle} layers each" if cycle > 1 else ""
-    problem = f"{layers} layers cannot be split over {times}"
-    near = " or ".join(str(others + n * unit) for n in legal)
-    yield (
-      "base_num_decoder_layers",
-      f"{problem}; use {near}, or {_fewer(layers, unit)}",
-      *keys,
-      REPEATS,
-    )
+  cycle, layers = len(stage.blocks), len(stage.blocks) * stage.repeat
+  schedule = section.schedule(stages, stage.repeat, cycle)
+  keys += filter(config.differs, (REPEATS,))
+  if layers % (cycle * stages * schedule.repeats):
+    yield *_uneven(config, model.depth, layers, schedule, cycle), *keys
     return
-  if (wanted := config.pipeline.num_layers_per_pipeline_stage) not in (
-    -1,
-    layers // (stages * repeats),
-  ):
-    problem = f"{wanted}, but {layers} layers over {STAGE} {stages} x {repeats} repeats make "
-    yield KEY, f"{problem}{layers // (stages * repeats)}; use that or -1", *keys, REPEATS
-  yield from _batches(config, sizes, devices, config.pipeline.schedule(stages, stage.repeat), keys)
+  each = layers // (stages * schedule.repeats)
+  if section.num_layers_per_pipeline_stage not in (-1, each):
+    problem = f"{layers} layers over {STAGE} {stages}, {schedule.repeats} times, make {each}"
+    yield EACH, f"{section.num_layers_per_pipeline_stage}, but {problem}; use that or -1", *keys
+  yield from _batches(config, sizes, devices, schedule, keys)
 
 
-def _fewer(layers: int, unit: int) -> str:
-  """What else would do: fewer of them in the pipeline."""
-  fit = layers // unit * unit
-  return f"pipeline_parallel_layers={fit}" if 2 * fit >= layers else "fewer stages"
+def _uneven(config: Config, depth: int, layers: int, schedule: Schedule, cycle: int) -> Problem:
+  """Layers that do not divide: which of the nearest numbers do."""
+  unit = cycle * schedule.stages * schedule.repeats
+  split = f"{STAGE} {schedule.stages}" + (
+    f" x {schedule.repeats} repeats" if schedule.repeats > 1 else ""
+  )
+  split += f" in cycles of {cycle}" if cycle > 1 else ""
+  problem = f"{layers} layers cannot be split over {split}"
+  near = sorted({max(layers // unit, 1) * unit, (layers // unit + 1) * unit})
+  if config.pipeline.pipeline_parallel_layers != -1:
+    return TAKEN, f"{problem}; use {' or '.join(map(str, near))}"
+  fit, legal = layers // unit * unit, " or ".join(str(depth - layers + n) for n in near)
+  other = f"{TAKEN}={fit}" if 2 * fit >= layers and fit else "fewer stages"
+  return DEPTH, f"{problem}; use {legal}, or {other}"
 
 
 def _batches(
@@ -91,20 +83,23 @@ def _batches(
 ) -> Iterator[Problem]:
   """Microbatches that do not follow each other through the stages, or are no part of the rows."""
   count, stages = schedule.microbatches, schedule.stages
+  # rows that come round again must have come out before their turn
   least = stages if schedule.repeats == 1 else stages * (schedule.late // stages + 1)
   if count % stages or count < least:
     near = max(-(-count // stages) * stages, least)
-    problem = f"{count} microbatches cannot go round {stages} stages"
+    problem = f"{count} microbatches cannot go through {stages} stages"
     problem += f" {schedule.repeats} times" if schedule.repeats > 1 else ""
-    yield MICROBATCHES, f"{problem}; use a multiple of {stages}, as {near}", *keys, REPEATS
+    yield MICROBATCHES, f"{problem}; use a multiple of {stages}, as {near}", *keys
     return
+  ways = config.mesh.ways("activation_batch", sizes)
   others = config.mesh.ways("activation_batch", {**sizes, STAGE: 1})
   given = [("per_device_batch_size", config.training.per_device_batch_size)]
   if config.eval.eval_interval > 0 and config.eval.eval_per_device_batch_size:
     given.append(("eval_per_device_batch_size", config.eval.eval_per_device_batch_size))
   for key, per_device in given:
-    if (found := rows(per_device, devices)) and found % (count * others):
+    found = rows(per_device, devices)
+    if found % ways == 0 and found % (count * others):  # else it is said already
       problem = f"{found} rows on {devices} devices do not make {count} microbatches"
       problem += f" split {others} ways" if others > 1 else ""
       unit = f"a multiple of {count * others / devices:g}"
-      yield key, f"{problem}; use {unit}, or fewer {MICROBATCHES}", MICROBATCHES, *keys
+      yield key, f"{problem}; use {unit}, or fewer microbatches", MICROBATCHES, *keys

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from maxtext.bounds import LARGEST, Bound, Count, Whole
+from maxtext.bounds import LARGEST, Bound, Whole
 from maxtext.layers.schedule import Schedule
 
 Float = Literal["float32", "bfloat16"]
@@ -48,22 +48,29 @@ class Pipeline:
   """How the layers of a decoder go through the stages that a mesh may have."""
 
   num_layers_per_pipeline_stage: Layers
-  num_pipeline_repeats: Count
+  num_pipeline_repeats: Layers
   num_pipeline_microbatches: Layers
   pipeline_parallel_layers: Layers
   pipeline_delay_activation_forwarding: bool
 
-  def schedule(self, stages: int, copies: int) -> Schedule:
-    """For a stack of so many copies of its blocks."""
-    microbatches = self.num_pipeline_microbatches
+  def schedule(self, stages: int, copies: int, cycle: int) -> Schedule:
+    """For a stack of so many copies of a cycle of layers."""
     hop = 2 if self.pipeline_delay_activation_forwarding else 1
+    microbatches, repeats = self.num_pipeline_microbatches, self.repeats(stages, copies * cycle)
     return Schedule(
       stages=stages,
-      repeats=self.num_pipeline_repeats,
-      layers=copies // (stages * self.num_pipeline_repeats),
+      repeats=repeats,
+      layers=copies // (stages * repeats),
       microbatches=stages * hop if microbatches == -1 else microbatches,
       hop=hop,
     )
+
+  def repeats(self, stages: int, layers: int) -> int:
+    """How often rows go round through the stages."""
+    if self.num_pipeline_repeats != -1:
+      return self.num_pipeline_repeats
+    each = self.num_layers_per_pipeline_stage
+    return 1 if each == -1 else max(layers // (stages * each), 1)
 
 
 @dataclasses.dataclass(frozen=True)

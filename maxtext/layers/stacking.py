@@ -101,9 +101,9 @@ class Stack(nnx.Module):
     """How the layers go through stages, if the mesh has several and these are to."""
     layout = sharding.active()
     stages = 1 if layout is None else layout.mesh.shape.get(STAGE, 1)
-    return (
-      None if stages == 1 or self.pipeline is None else self.pipeline.schedule(stages, self.repeat)
-    )
+    if stages == 1 or self.pipeline is None:
+      return None
+    return self.pipeline.schedule(stages, self.repeat, len(self.blocks))
 
   def _run(
     self, graph: Any, weights: Any, x: jax.Array, mask: Mask, caches: Any, keys: Any, kept: Kept
