@@ -24,6 +24,7 @@ PAGES = (
   "docs/running.md",
   "docs/parallelism.md",
   "docs/hosts.md",
+  "docs/launch.md",
   "docs/checkpoints.md",
   "docs/decoding.md",
   "docs/development.md",

@@ -86,14 +86,14 @@ def main(argv: list[str]) -> int:
   # what this machine says of devices and of other processes does not hold where the run will be
   environ = {key: value for key, value in os.environ.items() if key.startswith("M_")}
   loaded = config.load(words, environ, purpose="launch")
-  if found := list(_complaints(loaded)):
+  if found := list(complaints(loaded)):
     raise ConfigErrors(lines(found))
   if loaded.launch.launch_target == "local":
     return _here(loaded)
   return _elsewhere(_job(loaded), submit)
 
 
-def _complaints(loaded: Config) -> Iterator[Complaint]:
+def complaints(loaded: Config) -> Iterator[Complaint]:
   """What the target needs and has not, what it does not read, what a container would lose."""
   launch, target = loaded.launch, loaded.launch.launch_target
   for key, section in SECTION_OF.items():

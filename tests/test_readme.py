@@ -12,6 +12,7 @@ import pytest
 from end_to_end.readme import PAGES, ROOT, blocks
 from maxtext import config
 from maxtext.config.sections import SECTION_OF
+from maxtext.launch import complaints
 
 PROGRAMS = {"printf", "source", "tensorboard", "wait", ".venv/bin/ruff", ".venv/bin/mypy"}
 
@@ -30,6 +31,13 @@ def programs_arguments(module: str) -> list[list[str]]:
 def test_a_documented_train_command_is_a_right_configuration(arguments, monkeypatch):
   monkeypatch.chdir(ROOT)
   config.load(arguments, {})
+
+
+@pytest.mark.parametrize("arguments", programs_arguments("maxtext.launch"), ids=" ".join)
+def test_a_documented_launch_is_a_right_configuration(arguments, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  loaded = config.load(arguments, {}, purpose="launch")
+  assert not list(complaints(loaded))
 
 
 @pytest.mark.parametrize("arguments", programs_arguments("decode"), ids=" ".join)
