@@ -24,6 +24,7 @@ from maxtext.kernels.context import balanced_order
 from maxtext.layers.decoder import Decoder
 from maxtext.layers.merging import Params, Plan, parameters
 from maxtext.layers.params import Compute
+from maxtext.layers.schedule import STAGE, Schedule
 from maxtext.objectives.next_token import NextToken, Sums
 from maxtext.specs import DecoderSpec
 from maxtext.training import step as steps
@@ -64,6 +65,13 @@ class Program:
   def stages(self) -> list[tuple[int, int]]:
     """(blocks, repeats) of each stage, by which layers are numbered elsewhere."""
     return stages(self.spec)
+
+  @property
+  def pipeline(self) -> Schedule | None:
+    """How microbatches go through the stages, if the mesh has any."""
+    stage, ways = self.spec.stages[self.spec.longest], self.layout.mesh.shape.get(STAGE, 1)
+    section = self.config.pipeline
+    return None if ways == 1 else section.schedule(ways, stage.repeat, len(stage.blocks))
 
   @functools.cached_property
   def state(self) -> State:

@@ -407,6 +407,8 @@ class Run:
       log.info(hlo.table(hlo.collectives(step.as_text(), mesh.shape)))
     if (tiles := self.program.objective.tiles) > 1:
       log.info(f"loss: the logits of {self.length} tokens in {tiles} parts, one after the other")
+    if (pipeline := self.program.pipeline) is not None:
+      log.info(str(pipeline))
     for line in costs.lines(
       mesh.devices.flat[0].device_kind, mesh.shape, estimate.compiled_bytes(step)
     ):

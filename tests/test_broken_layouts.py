@@ -300,6 +300,69 @@ BROKEN = [
     "only with a parallelism over an axis that splits",
     ways(context=2),
   ),
+  # stages
+  (
+    f"{ways(stage=8)} per_device_batch_size=8",
+    "4 layers cannot be split over stage 8; use 8",
+    "base_num_decoder_layers=8",
+  ),
+  (
+    f"base_num_decoder_layers=7 {ways(stage=2)}",
+    "7 layers cannot be split over stage 2; use 6 or 8, or pipeline_parallel_layers=6",
+    "pipeline_parallel_layers=6",
+  ),
+  (
+    f"base_num_decoder_layers=9 {ways(stage=2)} num_pipeline_repeats=2",
+    "9 layers cannot be split over stage 2 x 2 repeats; use 8 or 12, or pipeline_parallel_layers=8",
+    "base_num_decoder_layers=12",
+  ),
+  (
+    f"base_num_decoder_layers=9 {ways(stage=4)} pipeline_parallel_layers=7",
+    "pipeline_parallel_layers: 7 layers cannot be split over stage 4; use 4 or 8",
+    "pipeline_parallel_layers=8",
+  ),
+  (
+    f"base_num_decoder_layers=9 {ways(stage=2)} pipeline_parallel_layers=4",
+    "4 of the 9 layers in a row that are alike; use from 5 to 9",
+    "pipeline_parallel_layers=8",
+  ),
+  (
+    f"{MOE} first_num_dense_layers=1 decoder_block=deepseek3 base_num_kv_heads= {ways(stage=2)}",
+    "3 layers cannot be split over stage 2; use 3 or 5, or pipeline_parallel_layers=2",
+    "base_num_decoder_layers=5",
+  ),
+  (
+    f"{ways(stage=2)} num_layers_per_pipeline_stage=3",
+    "num_layers_per_pipeline_stage: 3, but 4 layers over stage 2 make 2; use that",
+    "num_layers_per_pipeline_stage=2",
+  ),
+  (
+    f"{ways(stage=4)} num_pipeline_microbatches=6 per_device_batch_size=6",
+    "6 microbatches cannot go through 4 stages; use a multiple of 4, as 8",
+    "num_pipeline_microbatches=4",
+  ),
+  (
+    f"{ways(stage=4)} base_num_decoder_layers=8 num_pipeline_repeats=2 per_device_batch_size=2 "
+    "pipeline_delay_activation_forwarding=true num_pipeline_microbatches=4",
+    "4 microbatches cannot go through 4 stages 2 times; use a multiple of 4, as 8",
+    "num_pipeline_microbatches=8",
+  ),
+  (
+    f"{ways(stage=4)} num_pipeline_microbatches=8",
+    "8 rows on 8 devices do not make 8 microbatches split 2 ways; use a multiple of 2",
+    "per_device_batch_size=2",
+  ),
+  (
+    f"{ways(stage=2)} eval_interval=5 per_device_batch_size=4 eval_per_device_batch_size=1 "
+    "num_pipeline_microbatches=8",
+    "eval_per_device_batch_size: 8 rows on 8 devices do not make 8 microbatches split 4 ways",
+    "eval_per_device_batch_size=4",
+  ),
+  (
+    f"{ways(stage=2)} logical_axis_rules={{layers:[]}}",
+    "layers goes to []; with stage 2 it must go to [stage]",
+    ways(stage=1),
+  ),
   # what is not there yet, or does nothing
   (ways(diloco=2), "parallelism over 'diloco' is not there yet; use 1", ways(diloco=1)),
   (

@@ -57,7 +57,8 @@ def on_stages(config: Config, sizes: Mapping[str, int], devices: int) -> Iterato
     return
   each = layers // (stages * schedule.repeats)
   if section.num_layers_per_pipeline_stage not in (-1, each):
-    problem = f"{layers} layers over {STAGE} {stages}, {schedule.repeats} times, make {each}"
+    times = f" x {schedule.repeats} repeats" if schedule.repeats > 1 else ""
+    problem = f"{layers} layers over {STAGE} {stages}{times} make {each}"
     yield EACH, f"{section.num_layers_per_pipeline_stage}, but {problem}; use that or -1", *keys
   yield from _batches(config, sizes, devices, schedule, keys)
 

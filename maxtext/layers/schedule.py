@@ -46,3 +46,11 @@ class Schedule:
   def bubble(self) -> float:
     """The share of its time in which a stage has nothing to do."""
     return self.late / self.ticks
+
+  def __str__(self) -> str:
+    """What a run prints of it."""
+    times = f", each {self.repeats} times through" if self.repeats > 1 else ""
+    return (
+      f"pipeline: {self.stages} stages, {self.microbatches} microbatches{times}; "
+      f"a stage is idle for {self.bubble:.0%} of its time (the bubble)"
+    )

@@ -455,8 +455,8 @@ COMMAND_LINES = [
     "ici_diloco_parallelism: 2: parallelism over 'diloco' is not there yet; use 1",
   ),
   (
-    "ici_pipeline_parallelism=2",
-    "ici_pipeline_parallelism: 2: parallelism over 'stage' is not there yet; use 1",
+    "pipeline_parallel_layers=5 base_num_decoder_layers=4",
+    "pipeline_parallel_layers: 5 of the 4 layers in a row that are alike; use from 2 to 4",
   ),
   (
     "dcn_diloco_parallelism=-1",
