@@ -163,6 +163,14 @@ def test_experts_that_are_split_write_the_same(say, tmp_path):
   assert say(run, *keys, *expert, "custom_mesh_and_rule=expert_as_context")[0] == plain
 
 
+@pytest.mark.slow
+def test_layers_in_stages_write_the_same(say, tmp_path):
+  run = write(tmp_path / "stages", ["base_num_decoder_layers=4"])
+  keys = ("prompt=Now", "decode_length=8")
+  stages = ("ici_data_parallelism=1", "ici_fsdp_parallelism=4", "ici_pipeline_parallelism=2")
+  assert say(run, *keys, *stages)[0] == say(run, *keys)[0]
+
+
 def test_a_longer_text_than_in_training_is_remarked_on(run, said):
   assert "the model has seen" not in said(run, *NOW)[1]
   _, err = said(run, "prompt=Now", "decode_length=20")
