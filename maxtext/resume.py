@@ -34,7 +34,7 @@ _KEYS = (
   "steps",
 )
 # Keys of those sections that say how or where, not what.
-_HOW = ("tokenizer_cache_dir",)
+_HOW = ("tokenizer_cache_dir", "dataset_cache_dir", "grain_worker_count", "data_errors")
 
 
 def facts(config: Config, devices: int) -> dict[str, Any]:

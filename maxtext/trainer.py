@@ -316,7 +316,11 @@ class Run:
     facts = resume.facts(self.config, self.devices) | self.incidents.facts()
     if self.evaluate is not None and self.evaluate.at == finished:
       facts[resume.LOSS] = self.evaluate.last
-    return {CONFIG: self.config.resolved(), FACTS: facts, DATA: self.batches.state()}
+    state = self.batches.state()
+    hosts.agree(
+      {"data": f"the place in it {state}"}
+    )  # a host that could not read what others could
+    return {CONFIG: self.config.resolved(), FACTS: facts, DATA: state}
 
   def open_batches(self, source: Callable[..., Batches], corpus: Corpus, rows: int) -> Batches:
     """This host's part of batches of `rows` rows in all."""
@@ -358,9 +362,12 @@ class Run:
     )
     if end.why == "data" and end.finished < steps:
       log.info(f"the data ended after {done} (num_epoch={self.config.data.num_epoch})")
+    if end.finished:
+      log.info(str(self.batches))
     if loss is not None:
       entropy = self.corpus.unigram_entropy()
-      log.info(f"eval loss {loss:.3f} nats/token; unigram entropy of the corpus {entropy:.3f}")
+      beside = "" if entropy is None else f"; unigram entropy of the corpus {entropy:.3f}"
+      log.info(f"eval loss {loss:.3f} nats/token{beside}")
     if stop.by:
       saved = f", saved in {self.save.checkpoints.directory}" if self.save else ", not saved"
       log.info(f"stopped by {stop.by} after {done}{saved}; the same command resumes it")

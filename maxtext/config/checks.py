@@ -218,7 +218,8 @@ def _tiles(config: Config) -> Iterator[Problem]:
 
 def _held_out(config: Config) -> Iterator[Problem]:
   data, interval = config.data, config.eval.eval_interval
-  if interval > 0 and not data.eval_fraction and data.dataset_type == "text":
+  named = data.grain_eval_files or data.eval_split or data.dataset_type == "synthetic"
+  if interval > 0 and not data.eval_fraction and not named:
     yield (
       "eval_interval",
       "with eval_fraction=0 no document is held out to evaluate; set it above 0, or "

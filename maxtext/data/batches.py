@@ -49,9 +49,19 @@ class Batches(Iterator[Batch]):
   def __init__(self, stream: Stream, shape: Shape, identity: dict[str, Any]):
     self._identity, self._beginning = identity, stream.get_state()
     self._ahead = Ahead(_Reader(stream, shape), AHEAD)
+    self._filled = self._places = 0
 
   def __next__(self) -> Batch:
-    return next(self._ahead)
+    batch, filled = next(self._ahead)
+    self._filled += filled
+    self._places += batch["inputs"].size
+    return batch
+
+  def __str__(self) -> str:
+    """How full the batches taken from here were, and what was passed over to make them."""
+    padding = 1 - self._filled / max(1, self._places)
+    skipped = self._ahead.get_state().get("skipped", 0)
+    return f"data: {padding:.1%} padding" + (f", {skipped} documents passed over" * bool(skipped))
 
   def state(self) -> dict[str, Any]:
     """What `restore` needs to go on after the last batch returned: small, and plain JSON."""
@@ -91,6 +101,15 @@ _SETTINGS = {
     "dataset_type",
     "dataset_path",
     "text_column",
+    "grain_train_files",
+    "grain_eval_files",
+    "grain_file_type",
+    "grain_train_mixture_config_path",
+    "hf_path",
+    "train_split",
+    "eval_split",
+    "train_data_columns",
+    "eval_data_columns",
     "tokenizer_type",
     "tokenizer_path",
     "tokenizer_vocab_size",
@@ -123,13 +142,13 @@ class _Reader:
     self._stream, self._shape = stream, shape
     self.get_state, self.set_state = stream.get_state, stream.set_state
 
-  def __next__(self) -> Batch:
+  def __next__(self) -> tuple[Batch, int]:
     shape, rows = self._shape, self._stream.take(self._shape.batch, self._shape.rows)
     columns = np.zeros((len(COLUMNS), shape.rows.stop - shape.rows.start, shape.length), np.int32)
     for index, row in enumerate(rows):
       columns[:, index] = row
     inputs, targets, segments, positions = columns
-    return {
+    batch = {
       "inputs": inputs,
       "inputs_position": positions,
       "inputs_segmentation": segments,
@@ -137,3 +156,4 @@ class _Reader:
       "targets_position": positions,
       "targets_segmentation": segments,
     }
+    return batch, int(np.count_nonzero(segments))

@@ -15,6 +15,7 @@ from maxtext.data import bpe, documents, plays
 from maxtext.data.cache import Cache
 from maxtext.data.documents import Document
 from maxtext.data.kinds import given
+from maxtext.data.mixtures import Mixture, open_mixture
 from maxtext.data.sections import Data
 from maxtext.data.synthetic import Noise
 from maxtext.data.tokenizers import ByteTokenizer, Tokenizer
@@ -45,22 +46,25 @@ class Corpus:
   """What a run reads: `train` and `eval` have no document in common."""
 
   tokenizer: Tokenizer
-  train: Tokens | Noise
-  eval: Tokens | Noise | None  # None: nothing is held out
+  train: Tokens | Noise | Mixture
+  eval: Tokens | Noise | Mixture | None  # None: nothing is held out
   fingerprint: str  # sha256; equal fingerprints give equal tokens
 
   @property
   def vocab_size(self) -> int:
     return self.tokenizer.vocab_size
 
-  def unigram_entropy(self) -> float:
+  def unigram_entropy(self) -> float | None:
     """Nats per target: the evaluation loss of a model that knows only how often each token occurs.
 
     It has counted the targets of the training documents, and adds one to each count. A model that
-    has learned more has a lower loss. Raises DataError if nothing is held out.
+    has learned more has a lower loss. None where the documents are not in memory to be counted.
+    Raises DataError if nothing is held out.
     """
     if isinstance(self.train, Noise):
       return math.log(self.train.vocab_size)
+    if isinstance(self.train, Mixture):
+      return None
     held = held_out(self)
     assert isinstance(held, Tokens)
     counts = np.bincount(self.train.targets, minlength=self.vocab_size) + 1.0
@@ -70,13 +74,16 @@ class Corpus:
   def __str__(self) -> str:
     if isinstance(self.train, Noise):
       return f"corpus: random tokens below {self.vocab_size}"
+    if isinstance(self.train, Mixture):
+      held = len(self.eval) if isinstance(self.eval, Mixture) else 0
+      return f"corpus: {self.train}, {held} held out"
     parts = [f"{len(self.train)} documents ({self.train.ids.size} tokens) to train on"]
     if isinstance(self.eval, Tokens):
       parts.append(f"{len(self.eval)} ({self.eval.ids.size}) held out")
     return f"corpus: {', '.join(parts)}"
 
 
-def held_out(corpus: Corpus) -> Tokens | Noise:
+def held_out(corpus: Corpus) -> Tokens | Noise | Mixture:
   """The held-out documents. Raises DataError if there are none."""
   if corpus.eval is None:
     raise DataError("eval_fraction=0: no document is held out to evaluate; set it above 0")
@@ -91,6 +98,8 @@ def open_corpus(data: Data) -> Corpus:
   """
   if data.dataset_type == "synthetic":
     return _random(data)
+  if data.dataset_type != "text":
+    return _streamed(data)
   whole = documents.read(data.dataset_path, data.text_column) if data.dataset_path else plays.read()
   train, held = documents.hold_out(whole, data.eval_fraction)
   digests = documents.digest(train), documents.digest(held)
@@ -117,6 +126,14 @@ def _random(data: Data) -> Corpus:
   train = Noise(size, 1 + data.data_shuffle_seed)
   held = Noise(size, 0, HELD_OUT_ROWS)
   return Corpus(tokenizer, train, held, _sha256([FORMAT, "synthetic", size]))
+
+
+def _streamed(data: Data) -> Corpus:
+  tokenizer = given(data)
+  assert tokenizer is not None  # the section demands one
+  train, held, digest = open_mixture(data, tokenizer)
+  settings = [tokenizer.digest, data.add_bos, data.add_eos, data.train_data_columns]
+  return Corpus(tokenizer, train, held, _sha256([FORMAT, digest, *settings]))
 
 
 def _tokens(part: Sequence[Document], tokenizer: Tokenizer, data: Data) -> Tokens:

@@ -24,19 +24,23 @@ class Budget:
   def __init__(self, setting: str = "stop", documents: int = 0):
     """`setting` is data_errors; a share is of `documents`, a pass, until more than one is read."""
     self._setting, self._documents = setting, documents
-    self.skipped = 0
+    self.skipped = 0  # alike on all hosts, since it changes what follows
+    self._blanked = 0
 
-  def skip(self, error: Damaged, read: int) -> None:
-    """Pass over one document after `read`. Raises DataError where that is one too many."""
+  def skip(self, error: Damaged, read: int, blanked: bool = False) -> None:
+    """Pass over one document after `read`. Raises DataError where that is one too many.
+
+    One that is `blanked` keeps its place in a row of this host's, as padding.
+    """
     what = f"{error.where}: {error.problem}"
     if self._setting == "stop":
       raise DataError(f"{what}; mend it, or let a run pass over some by data_errors=NUMBER")
     limit = float(self._setting)
     allowed = limit if limit >= 1 else math.ceil(limit * max(read, self._documents))
-    self.skipped += 1
-    if self.skipped > allowed:
-      raise DataError(
-        f"{what}; with it {self.skipped} are passed over, data_errors={self._setting}"
-      )
-    if self.skipped <= SHOWN or not self.skipped & (self.skipped - 1):
-      log.warning("%s; passed over, %d of %d allowed", what, self.skipped, allowed)
+    self.skipped += not blanked
+    self._blanked += blanked
+    count = self.skipped + self._blanked
+    if count > allowed:
+      raise DataError(f"{what}; with it {count} are damaged, data_errors={self._setting}")
+    if count <= SHOWN or not count & (count - 1):
+      log.warning("%s; passed over, %d of %d allowed", what, count, allowed)

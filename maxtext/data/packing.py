@@ -20,33 +20,51 @@ import numpy as np
 from maxtext.data import plans
 from maxtext.data.batches import COLUMNS, Row, Stream
 from maxtext.data.corpus import Tokens
-from maxtext.data.errors import Damaged
+from maxtext.data.errors import Budget, Damaged
+from maxtext.data.feeds import SourceFeed
+from maxtext.data.mixtures import Mixture
 from maxtext.data.permutation import permutation
 from maxtext.data.plans import Draws, Span
 from maxtext.data.sections import Data
 from maxtext.data.synthetic import Noise
 
 
-def training_rows(source: Tokens | Noise, data: Data, length: int) -> Stream:
-  """Rows for `num_epoch` passes, each in another order when shuffling is on."""
+def training_rows(
+  source: Tokens | Noise | Mixture, data: Data, length: int, batch: int = 1
+) -> Stream:
+  """Rows for `num_epoch` passes, each in another order when shuffling is on; `batch` a step."""
   seed = data.data_shuffle_seed if data.enable_data_shuffling else None
-  return _rows(source, data, length, Passes(seed, None if data.num_epoch == -1 else data.num_epoch))
+  passes = Passes(seed, None if data.num_epoch == -1 else data.num_epoch)
+  return _rows(source, data, length, passes, batch)
 
 
-def evaluation_rows(source: Tokens | Noise, data: Data, length: int) -> Stream:
+def evaluation_rows(source: Tokens | Noise | Mixture, data: Data, length: int) -> Stream:
   """One pass, always in the same order: shuffled, so that its first rows stand for all."""
   return _rows(source, data, length, Passes(0, 1))
 
 
-def _rows(source: Tokens | Noise, data: Data, length: int, passes: Passes) -> Stream:
+def _rows(
+  source: Tokens | Noise | Mixture, data: Data, length: int, passes: Passes, batch: int = 1
+) -> Stream:
   if isinstance(source, Noise):
     return Indexed(NoiseRows(source, length))
+  if isinstance(source, Mixture):
+    return Planned(_draws(source, data, passes), _packer(data, passes.seed), length, batch)
   if data.packing and data.grain_packing_type == "concat_then_split":
     return Indexed(Ordered(SplitRows(source, length), passes))
   pieces = Ordered(Pieces(source, length), passes)
   if not data.packing:
     return Indexed(Padded(pieces, length))
   return Planned(Draws([PieceFeed(pieces)]), _packer(data, passes.seed), length)
+
+
+def _draws(source: Mixture, data: Data, passes: Passes) -> Draws:
+  feeds = [
+    SourceFeed(source.reader, source.first + at, passes.seed, passes.epochs)
+    for at in range(source.count)
+  ]
+  weights = None if source.schedules is None else source.weights
+  return Draws(feeds, weights, Budget(data.data_errors, len(source)))
 
 
 def _packer(data: Data, seed: int | None) -> plans.Packer:
@@ -276,7 +294,7 @@ class Planned:
       try:
         ids = span.document.read()
       except Damaged as error:
-        self._draws.budget.skip(error, span.document.number + 1)
+        self._draws.budget.skip(error, span.document.number + 1, blanked=True)
         continue
       part[0], part[1] = ids[span.start : span.stop], ids[span.start + 1 : span.stop + 1]
       part[2], part[3] = segment, self._places[:size]

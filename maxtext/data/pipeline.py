@@ -22,7 +22,7 @@ def train_batches(
   Batch n is a pure function of corpus, section, `batch`, `length` and n. When `num_epoch` is not -1
   the last one is filled up with empty rows.
   """
-  stream = packing.training_rows(corpus.train, data, length)
+  stream = packing.training_rows(corpus.train, data, length, batch)
   shape = Shape(batch, length, rows or slice(0, batch))
   return Batches(stream, shape, _identity(corpus, data, length))
 

@@ -68,10 +68,14 @@ class Draws:
     self._credit = [0.0] * len(feeds)
 
   def next(self, step: int) -> Document | None:
-    """The next document, by the weights of a step; None when a feed has no more."""
+    """The next document, by the weights of a step; None from when a feed has no more, or, without
+    weights, all have none.
+    """
+    left = [at for at, feed in enumerate(self.feeds) if self._drawn[at] < len(feed)]
+    if not left or (self._weights is not None and len(left) < len(self.feeds)):
+      return None
     if self._weights is None:
-      left = (at for at, feed in enumerate(self.feeds) if self._drawn[at] < len(feed))
-      at = next(left, len(self.feeds) - 1)
+      at = left[0]
     else:
       self._credit = [sum(each) for each in zip(self._credit, self._weights(step))]
       at = self._credit.index(max(self._credit))
@@ -82,7 +86,7 @@ class Draws:
         return Document(at, number, *self.feeds[at].take(number))
       except Damaged as error:
         self.budget.skip(error, sum(self._drawn))
-    return self.next(step) if self._weights is None and at + 1 < len(self.feeds) else None
+    return self.next(step)
 
   def again(self, name: str, number: int, begun: int) -> Document:
     """A document that was drawn before, and has pairs left."""

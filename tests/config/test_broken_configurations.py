@@ -144,7 +144,14 @@ COMMAND_LINES = [
   ("num_vocab_tiling=5", "num_vocab_tiling: 5 tiles do not cut 256 tokens evenly; use 4, or 0"),
   ("remat_policy=ful", "remat_policy: 'ful' is not known, did you mean 'full'?"),
   ("hardware=tpus", "hardware: 'tpus' is not known, did you mean 'tpu'?"),
-  ("dataset_type=hf", "dataset_type: 'hf' is not known (text, synthetic)"),
+  ("dataset_type=hf", "dataset_type: hf reads a saved dataset; set hf_path=FOLDER"),
+  ("dataset_type=grain", "dataset_type: grain reads files; set grain_train_files='FOLDER/*"),
+  (
+    "dataset_type=grain grain_train_files=. data_errors=1%",
+    "data_errors: '1%' is neither stop, nor a number, as 100, nor a share",
+  ),
+  ("hf_path=.", "hf_path: has an effect only with dataset_type=hf"),
+  ("grain_worker_count=2", "grain_worker_count: has an effect only with dataset_type=grain or hf"),
   ("dataset_type=Text", "dataset_type: 'Text' is not known, did you mean 'text'?"),
   ("mu_dtype=int8", "mu_dtype: 'int8' is not known"),
   ("packing=maybe", "packing: 'maybe' is neither true nor false; write one of these"),
@@ -503,7 +510,7 @@ COMMAND_LINES = [
   ("learning_rate=-1e-320", "learning_rate: '-1e-320' is nothing in float32"),
   # keys that do nothing with this data
   *(
-    (f"dataset_type=synthetic {key}", "has an effect only with dataset_type=text")
+    (f"dataset_type=synthetic {key}", "has an effect only with another dataset_type than synthetic")
     for key in (
       "packing=false",
       "add_eos=false",
@@ -513,7 +520,7 @@ COMMAND_LINES = [
   ),
   (
     "dataset_type=synthetic grain_packing_type=best_fit",
-    "grain_packing_type: has an effect only with dataset_type=text",
+    "grain_packing_type: has an effect only with another dataset_type than synthetic",
   ),
   ("text_column=body", "text_column: has an effect only with a dataset_path, since"),
   (

@@ -1,0 +1,52 @@
+"""Files at URLs (gs://, s3://, hf:// ...) -> copies here, through fsspec."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from maxtext.data.records import brief, package
+from maxtext.errors import DataError
+
+PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub", "az": "adlfs"}
+
+
+def is_url(pattern: str) -> bool:
+  return bool(re.match(r"[a-z][a-z0-9+]*://", pattern))
+
+
+def find(where: str, pattern: str, cache: str) -> list[tuple[str, str]]:
+  """(path of the copy, URL) of each file, in the order of their names. Raises DataError."""
+  protocol = pattern.split("://")[0]
+  fsspec = package("fsspec", f"{where}: URLs")
+  if not cache:
+    raise DataError(f"{where}: files at URLs are copied here first; set dataset_cache_dir")
+  if protocol in PACKAGES:
+    package(PACKAGES[protocol], f"{where}: {protocol}:// URLs")
+  try:
+    system, path = fsspec.core.url_to_fs(pattern)
+    names = sorted(system.glob(path)) if "*" in path or "?" in path or "[" in path else [path]
+    names = [name for name in names if system.isfile(name)]
+    if not names:
+      raise DataError(f"{where}: no file there matches")
+    return [(str(_copy(system, name, cache)), f"{protocol}://{name}") for name in names]
+  except DataError:
+    raise
+  except Exception as error:  # what a store's client raises is its own
+    raise DataError(f"{where}: {type(error).__name__}: {brief(error)}") from None
+
+
+def _copy(system: Any, name: str, cache: str) -> Path:
+  """The file of a name and of the version that is there now, copied once."""
+  key = hashlib.sha256(f"{name} {system.ukey(name)}".encode()).hexdigest()[:24]
+  path = Path(cache).expanduser() / key / name.rsplit("/", 1)[-1]
+  if not path.is_file():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+      system.get_file(name, str(Path(scratch, "file")))
+      os.replace(Path(scratch, "file"), path)
+  return path
