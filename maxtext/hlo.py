@@ -26,13 +26,15 @@ KINDS = (
   "collective-permute",
   "collective-broadcast",
 )
+COMPUTES = ("fusion", "dot", "convolution", "custom-call", "while", "conditional")
 _BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
   """`times` a step over these mesh `axes`; its result has `size` bytes on a device, in arrays of
-  these `shapes`; `name` is the operation of the program that it comes from.
+  these `shapes`; `name` is the operation of the program that it comes from. `beside` are the
+  cycles, as the compiler estimates them, of what is computed meanwhile; None: all wait for it.
   """
 
   kind: str
@@ -41,20 +43,39 @@ class Collective:
   size: int
   shapes: tuple[tuple[int, ...], ...]
   name: str
+  beside: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Line:
-  """An instruction: what it makes, its operation, and what follows."""
+class Line:
+  """An instruction: its name, what it makes, its operation, and what follows."""
 
+  name: str
   made: str
   op: str
   rest: str
 
+  @property
+  def operands(self) -> list[str]:
+    """The names of what it takes."""
+    return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
+
+  @property
+  def cycles(self) -> int:
+    """How long it takes, as a TPU's compiler estimates; 0 where it does not."""
+    found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
+    return int(found[1]) if found else 0
+
+  @property
+  def called(self) -> str | None:
+    """The computation that it is made of, or calls."""
+    found = re.search(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)", self.rest)
+    return found[1] if found else None
+
 
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
   """All that the compiled program `text` sends, on a mesh of these sizes by axis."""
-  entry, computations = _computations(text)
+  entry, computations = parse(text)
   return list(_sent(entry, _Program(computations, dict(mesh), set())))
 
 
@@ -64,9 +85,26 @@ class _Program:
   each stands in the fusion that begins it, in those it runs beside, and in the one that ends it.
   """
 
-  computations: Mapping[str, list[_Line]]
+  computations: Mapping[str, list[Line]]
   mesh: dict[str, int]
   chains: set[str]
+
+  def chain(self, line: Line) -> str | None:
+    """That of the collective that a fusion has a part of."""
+    inside = self.computations.get(line.called or "", ()) if line.op == "fusion" else ()
+    found = (re.search(r'chain_id="(\d+)"', own.rest) for own in inside)
+    return next((chain[1] for chain in found if chain), None)
+
+  def beside(self, lines: list[Line], begin: int) -> int | None:
+    """The cycles of what is computed between the beginning of a collective and its end."""
+    line, end = lines[begin], begin
+    if line.op.endswith("-start"):
+      done = lambda other: other.op.endswith("-done") and line.name in other.operands
+      end = next((i for i, other in enumerate(lines) if done(other)), begin)
+    elif chain := self.chain(line):
+      end = max(i for i, other in enumerate(lines) if self.chain(other) == chain)
+    between = [own for own in lines[begin + 1 : end + 1] if own.op in COMPUTES or own.cycles]
+    return sum(own.cycles for own in between) if between else None
 
 
 def totals(sent: list[Collective]) -> list[tuple[str, tuple[str, ...], int, int]]:
@@ -93,22 +131,23 @@ def table(sent: list[Collective]) -> str:
   )
 
 
-def _computations(text: str) -> tuple[str, dict[str, list[_Line]]]:
+def parse(text: str) -> tuple[str, dict[str, list[Line]]]:
   """The entry's name, and the instructions of every computation."""
   entry, name = "", ""
-  found: dict[str, list[_Line]] = {}
-  for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+  found: dict[str, list[Line]] = {}
+  text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "", re.sub(r"/\*.*?\*/", "", text))
+  for line in text.splitlines():
     if begun := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
       name = begun[2]
       entry, found[name] = name if begun[1] else entry, []
-    elif made := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)", line):
-      found[name].append(_Line(*made.groups()))
+    elif made := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", line):
+      found[name].append(Line(*made.groups()))
   return entry, found
 
 
 def _sent(name: str, program: _Program) -> Iterator[Collective]:
   lines = program.computations.get(name, [])
-  for line in lines:
+  for begin, line in enumerate(lines):
     kind = line.op.removesuffix("-start")
     if kind in KINDS and not line.op.endswith("-done"):
       chain = re.search(r'chain_id="(\d+)"', line.rest)
@@ -118,21 +157,22 @@ def _sent(name: str, program: _Program) -> Iterator[Collective]:
       if kind == "all-reduce" and "all-reduce-scatter" in name:  # as TPUs have it, in a fusion
         kind, line = "reduce-scatter", dataclasses.replace(line, made=lines[-1].made)
       if (one := _collective(kind, line, program.mesh)).axes:  # else each device is by itself
-        yield one
+        yield dataclasses.replace(one, beside=program.beside(lines, begin))
     elif line.op == "while":
-      trips = _trips(line.rest, program.computations)
+      trips = trips_of(line.rest, program.computations)
       body = re.search(r"body=%?([\w.\-]+)", line.rest)
       for one in _sent(body[1], program) if body else ():
         yield dataclasses.replace(one, times=one.times * trips)
     elif line.op == "conditional":
-      branches = [list(_sent(branch, program)) for branch in _branches(line.rest)]
+      branches = [list(_sent(branch, program)) for branch in branches_of(line.rest)]
       yield from max(branches, key=lambda sent: sum(one.times * one.size for one in sent))
     elif line.op in ("fusion", "call", "async-start", "custom-call"):
-      if called := re.search(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)", line.rest):
-        yield from _sent(called[1], program)
+      beside = program.beside(lines, begin)
+      for one in _sent(line.called, program) if line.called else ():
+        yield dataclasses.replace(one, beside=one.beside if beside is None else beside)
 
 
-def _trips(rest: str, computations: Mapping[str, list[_Line]]) -> int:
+def trips_of(rest: str, computations: Mapping[str, list[Line]]) -> int:
   """How often a loop runs: as XLA says, or up to the one number that its condition compares with;
   1 where only the running program knows.
   """
@@ -145,24 +185,24 @@ def _trips(rest: str, computations: Mapping[str, list[_Line]]) -> int:
   return int(limits[0]) if counts and len(limits) == 1 and limits[0].isdigit() else 1
 
 
-def _branches(rest: str) -> list[str]:
+def branches_of(rest: str) -> list[str]:
   if several := re.search(r"branch_computations=\{([^}]*)\}", rest):
     return [name.strip().lstrip("%") for name in several[1].split(",")]
   return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", rest)
 
 
-def _collective(kind: str, line: _Line, mesh: dict[str, int]) -> Collective:
+def _collective(kind: str, line: Line, mesh: dict[str, int]) -> Collective:
   arrays = re.findall(r"([a-z]\w*)\[([\d,]*)\]", line.made)
   if line.op.endswith("-start") and len(arrays) > 1:  # (operands, results, ...)
     arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
   shapes = [tuple(int(n) for n in dims.split(",") if n) for _, dims in arrays]
-  sizes = [math.prod(shape) * _bits(kind) // 8 for (kind, _), shape in zip(arrays, shapes)]
+  sizes = [math.prod(shape) * bits(kind) // 8 for (kind, _), shape in zip(arrays, shapes)]
   name = re.search(r'op_name="([^"]*)"', line.rest)
   axes = _axes(line.rest, tuple(mesh.items()))
   return Collective(kind, axes, 1, sum(sizes), tuple(shapes), name[1] if name else "")
 
 
-def _bits(dtype: str) -> int:
+def bits(dtype: str) -> int:
   digits = re.search(r"\d+$", dtype)
   return _BITS.get(dtype) or (int(digits[0]) if digits else 8)
 

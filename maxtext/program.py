@@ -134,7 +134,16 @@ class Program:
       with sharding.use(self.layout):
         return train(state, batch)
 
-    return jax.jit(placed, donate_argnums=0, out_shardings=(self.shardings, None))
+    options = self.config.compile.options()
+    return jax.jit(
+      placed, donate_argnums=0, out_shardings=(self.shardings, None), compiler_options=options
+    )
+
+  @property
+  def traced(self) -> jax.stages.Traced:
+    """The step of this run's batches, traced: what training compiles."""
+    rows = self.config.training.global_batch(self.layout.mesh.size)
+    return self.step.trace(self.state, self.batch(rows))
 
   @functools.cached_property
   def evaluate(self) -> Callable[[Params, Batch], Sums]:

@@ -21,6 +21,7 @@ from maxtext.checkpoints import hub
 from maxtext.checkpoints.hub.loading import load
 from maxtext.checkpoints.hub.model import open_model
 from maxtext.checkpoints.manager import Checkpoints, preload, restore_parameters, restore_state
+from maxtext.compiled import executable
 from maxtext.config import Config, check_devices
 from maxtext.config.tokenizer import check_vocabulary, placed
 from maxtext.data.pipeline import (
@@ -179,8 +180,8 @@ class Run:
       log.info(f"{self.folder} {ended}")
       return 0
     with ThreadPoolExecutor(1) as background:
-      traced = self.program.step.trace(self.program.state, self.program.batch(self.rows))
-      compiling = background.submit(lambda: traced.lower().compile())
+      traced = self.program.traced
+      compiling = background.submit(lambda: self._compiled(traced.lower()))
       preload()
       self.corpus = open_corpus(self.config.data)
       hosts.agree({"dataset_path": f"documents and tokens of sha256 {self.corpus.fingerprint}"})
@@ -208,6 +209,11 @@ class Run:
           return self._loop(step, state, range(first, self.config.training.steps), stop)
         except Rollback:
           return None
+
+  def _compiled(self, lowered: Any) -> Step:
+    """The step, from the file that has it if there is one."""
+    path = self.config.compile.compiled_trainstep_file
+    return executable.load(path, self.program, lowered) if path else lowered.compile()
 
   def _loop(self, step: Step, state: State, span: range, stop: Stop) -> int:
     """Run the steps, save the last state and wait until it is on disk."""

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (  # a module imports from levels above its own in this list, and from its own package
   ("errors", "log", "bounds"),
   ("hosts", "jobs"),
-  ("specs", "masks", "mesh", "hlo"),
+  ("specs", "masks", "mesh", "hlo", "topology"),
   ("sharding",),
   ("collectives", "placement"),
   ("kernels",),
@@ -29,6 +29,7 @@ LEVELS = (  # a module imports from levels above its own in this list, and from 
   ("config",),
   ("program", "hardware", "signals", "resume", "adoption"),
   ("estimate",),
+  ("compiled",),
   ("trainer", "conversion"),
   ("train", "decode", "compile", "launch", "explain", "inspect", "replay"),
   ("convert",),  # offers another entry point's work as one of its commands

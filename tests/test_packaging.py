@@ -35,14 +35,16 @@ def run(site: Path, directory: Path, *arguments: str) -> subprocess.CompletedPro
   )
 
 
-def test_a_wheel_has_the_package_its_configs_and_two_aliases(installed):
+def test_a_wheel_has_the_package_its_configs_and_three_aliases(installed):
   top = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
-  assert top == {"maxtext", "train", "decode"}
+  assert top == {"maxtext", "train", "decode", "train_compile"}
   shipped = {path.relative_to(installed / "maxtext/configs") for path in installed.rglob("*.yml")}
   assert shipped == {path.relative_to(ROOT / "configs") for path in ROOT.rglob("configs/**/*.yml")}
 
 
-@pytest.mark.parametrize("name", ["train", "decode", "maxtext.train", "maxtext.decode"])
+@pytest.mark.parametrize(
+  "name", ["train", "decode", "train_compile", "maxtext.train", "maxtext.decode"]
+)
 def test_a_command_works_from_any_directory(installed, tmp_path, name):
   done = run(installed, tmp_path, "-m", name, "--help")
   assert done.returncode == 0, done.stderr

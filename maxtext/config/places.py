@@ -24,6 +24,8 @@ PATHS = (
   "tokenizer_cache_dir",
   *LOADED,
   "prompts_file",
+  "compiled_trainstep_file",
+  "report_file",
 )
 FOLDERS = ("base_output_directory", "jax_cache_dir", "tokenizer_cache_dir")
 LONGEST = 255  # bytes of a name, in every usual file system

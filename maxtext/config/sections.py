@@ -14,6 +14,7 @@ from maxtext.jobs.sections import Launch
 from maxtext.layers.sections import Experts, Kernel, Memory, Pipeline, Precision
 from maxtext.mesh import Mesh
 from maxtext.serve.sections import Decode
+from maxtext.topology import Compile
 from maxtext.training.sections import Eval, Observe, Optimizer, Training
 
 
@@ -38,6 +39,7 @@ class Sections:
   checkpoint: Checkpoint
   decode: Decode
   launch: Launch
+  compile: Compile
 
 
 SECTIONS: dict[str, type] = get_type_hints(Sections)

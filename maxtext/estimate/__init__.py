@@ -18,6 +18,7 @@ from maxtext.estimate.flops import (
   step_flops,
 )
 from maxtext.estimate.memory import Bytes, Model, Parts
+from maxtext.estimate.roofline import computed_again
 from maxtext.program import HOST, Program
 from maxtext.specs import DecoderSpec
 
@@ -29,6 +30,7 @@ __all__ = [
   "Parts",
   "bytes_per_device",
   "compiled_bytes",
+  "computed_again",
   "forward_flops",
   "matmul_parameters",
   "model_of",

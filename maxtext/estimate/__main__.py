@@ -15,6 +15,7 @@ from maxtext.config import Config
 from maxtext.config.values import render
 from maxtext.data.pipeline import vocabulary
 from maxtext.errors import ConfigError, closest, run_cli
+from maxtext.estimate.advice import lighter
 from maxtext.estimate.chips import CHIPS
 from maxtext.estimate.flops import parameter_count
 from maxtext.estimate.layouts import FULL, Layout, layouts, model_of
@@ -119,7 +120,7 @@ def _short(seconds: float) -> str:
 
 def advice(model: Model, devices: int, kind: str, size: int, nearest: Layout) -> Iterator[str]:
   """What would fit, where nothing does: each change by itself, else all of them, or more chips."""
-  chip, changes = CHIPS[kind], list(_changes(model.config))
+  chip, changes = CHIPS[kind], list(lighter(model.config))
   over = nearest.bytes.total / 2**30
   yield f"\nnone fits; the nearest needs {over:.1f} GiB of {chip.memory / 2**30:.0f}. With"
 
@@ -144,21 +145,6 @@ def advice(model: Model, devices: int, kind: str, size: int, nearest: Layout) ->
     if found and found[0].fits(chip):
       yield found[1]
       return
-
-
-def _changes(loaded: Config) -> Iterator[dict[str, Any]]:
-  """What takes less memory, as far as the configuration does not say so already."""
-  training = loaded.training
-  if loaded.memory.remat_policy != "full":
-    yield {"remat_policy": "full"}
-  if loaded.optimizer.opt_type == "adamw" and loaded.optimizer.mu_dtype is None:
-    yield {"mu_dtype": "bfloat16"}
-  if loaded.moes and loaded.experts.sparse_matmul:
-    yield {"sparse_matmul": False, "capacity_factor": 1.25}
-  yield {
-    "per_device_batch_size": training.per_device_batch_size / 2,
-    "gradient_accumulation_steps": training.gradient_accumulation_steps * 2,
-  }
 
 
 def _illegal(loaded: Config, devices: int) -> str:

@@ -54,7 +54,7 @@ def model_of(config: Config, vocabulary: int = 0) -> Model:
 
 def layouts(model: Model, devices: int, chip: Chip) -> list[Layout]:
   """Every layout of these axes that training would accept: those that fit first, then by time."""
-  made = (_made(model, keys, devices, chip) for keys in _candidates(model, devices))
+  legal = (made(model, keys, devices, chip) for keys in _candidates(model, devices))
 
   def order(layout: Layout) -> tuple[float, ...]:
     held, time, fits = layout.bytes.total, layout.seconds.total, layout.fits(chip)
@@ -62,7 +62,7 @@ def layouts(model: Model, devices: int, chip: Chip) -> list[Layout]:
     near = float(f"{time:.1e}") if fits else 0.0
     return not fits, near, float(f"{held:.2e}"), len(layout.keys), time
 
-  return sorted(filter(None, made), key=order)
+  return sorted(filter(None, legal), key=order)
 
 
 def _candidates(model: Model, devices: int) -> Iterator[dict[str, int]]:
@@ -90,7 +90,7 @@ def _products(total: int, most: list[int]) -> Iterator[tuple[int, ...]]:
       yield size, *rest
 
 
-def _made(model: Model, keys: dict[str, int], devices: int, chip: Chip) -> Layout | None:
+def made(model: Model, keys: dict[str, int], devices: int, chip: Chip) -> Layout | None:
   """The layout of these settings, or None where training would refuse it."""
   ones = dict.fromkeys((model.config.mesh.keys(axis)[0] for axis in model.config.mesh.mesh_axes), 1)
   config = model.config.changed(**(ones | keys))

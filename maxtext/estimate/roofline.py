@@ -61,10 +61,14 @@ class Network:
     along = round(self.chip.dimensions * math.log(count) / math.log(near))
     return self.chip.links * min(max(along, 1), self.chip.dimensions) / self.chip.dimensions
 
+  def ways(self, axes: Iterable[str]) -> int:
+    """How many devices these axes join."""
+    return math.prod(self.sizes.get(m, 1) for m in axes)
+
   def seconds(self, axes: Iterable[str], size: float, rounds: int = 1) -> float:
     """To gather `size` bytes from over these axes, or to add up so many; an all-reduce is both."""
     names = tuple(axes)
-    ways = math.prod(self.sizes.get(m, 1) for m in names)
+    ways = self.ways(names)
     return rounds * size * (ways - 1) / ways / self.speed(names) if ways > 1 else 0.0
 
 
@@ -72,7 +76,7 @@ def seconds(model: Model, parts: Parts, network: Network, held: Bytes, rows: int
   """A step of micro-batches of `rows` rows, which holds `held`."""
   training, devices = model.config.training, math.prod(parts.sizes.values())
   passes, length = training.gradient_accumulation_steps, training.max_target_length
-  flops = step_flops(model.spec, rows * length, length).total + _again(model, rows * length)
+  flops = step_flops(model.spec, rows * length, length).total + computed_again(model, rows * length)
   used = sum(parts.joined(p) * _layers(p, parts) for p in model.params.values()) * model.width
   state = 2 * (held.params + held.optimizer + held.grads)
   traffic = state + passes * (3 * used + 3 * held.activations)
@@ -88,7 +92,7 @@ def _layers(p, parts: Parts) -> int:
   return p.shape[0] // parts.ways(p.axes[0]) if p.stacked else 1
 
 
-def _again(model: Model, tokens: int) -> float:
+def computed_again(model: Model, tokens: int) -> float:
   """FLOPs of the forward pass that the backward pass computes again."""
   total, length = 0.0, model.config.training.max_target_length
   for stage in model.spec.stages:

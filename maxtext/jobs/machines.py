@@ -58,16 +58,21 @@ class Machine:
     return f"{self.name}{where}: {hosts} of {self.chips} chip{'s' * (self.chips > 1)}"
 
 
-def find(name: str) -> Machine:
-  """`v5p-128`, `v5litepod-16`, `v5p-4x4x8`, `h100-16`. Raises ConfigError."""
-  kind, _, size = name.rpartition("-")
-  kind = OTHER_NAMES.get(kind, kind)
+def kind_of(name: str) -> str:
+  """What kind of chips a machine of this name has."""
+  kind = name.rpartition("-")[0]
+  return OTHER_NAMES.get(kind, kind)
+
+
+def find(name: str, key: str = "launch_machine") -> Machine:
+  """`v5p-128`, `v5litepod-16`, `v5p-4x4x8`, `h100-16`. Raises ConfigError for the `key`."""
+  kind, size = kind_of(name), name.rpartition("-")[2]
   if kind in GPUS and size.isdecimal():
-    return _nodes(name, kind, int(size))
+    return _nodes(name, kind, int(size), key)
   if kind not in {**TORI, **PLANES} or not re.fullmatch(r"\d+(x\d+)*", size):
     known = [*TORI, *PLANES, *GPUS]
     offer = closest(kind or name, known) or f"; kinds are {', '.join(known)}"
-    raise ConfigError("launch_machine", f"{name[:40]!r} is no machine, as v5p-128{offer}")
+    raise ConfigError(key, f"{name[:40]!r} is no machine, as v5p-128{offer}")
   cores = 2 if kind in TORI else 1
   fit, topology = dict(_slices(kind)), size
   if size.isdecimal():
@@ -76,7 +81,7 @@ def find(name: str) -> Machine:
   if not _exists(kind, topology):
     there = ", ".join(f"{kind}-{chips * cores}" for chips in [*fit][:12])
     problem = f"there is no slice {name[:40]!r}; there are {there} ..., or write its topology"
-    raise ConfigError("launch_machine", f"{problem}, as {kind}-{fit[64]}")
+    raise ConfigError(key, f"{problem}, as {kind}-{fit[64]}")
   chips = math.prod(map(int, topology.split("x")))
   each = min(chips, 4)
   label = {**TORI, **PLANES}[kind][0]
@@ -85,10 +90,10 @@ def find(name: str) -> Machine:
   return Machine(name, label, chips // each, each, devices, topology, f"{prefix}-{size}")
 
 
-def _nodes(name: str, kind: str, count: int) -> Machine:
+def _nodes(name: str, kind: str, count: int, key: str) -> Machine:
   if count < 1 or (count > PER_NODE and count % PER_NODE):
     problem = f"{name!r}: GPUs stand in nodes of {PER_NODE}; use at most that, or a multiple"
-    raise ConfigError("launch_machine", problem)
+    raise ConfigError(key, problem)
   label, xpk = GPUS[kind]
   each = min(count, PER_NODE)
   return Machine(name, label, count // each, each, count, xpk=xpk if each == PER_NODE else "")

@@ -1,0 +1,59 @@
+"""What would fit where a run does not: its settings changed one by one, best first, by estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from maxtext.config import Config
+from maxtext.config.values import render
+from maxtext.estimate.chips import Chip
+from maxtext.estimate.layouts import FULL, Layout, layouts, made, model_of
+from maxtext.layers.stacking import SAVED
+
+SHOWN = 6  # remedies
+
+
+def lighter(loaded: Config) -> Iterator[dict[str, Any]]:
+  """What takes less memory, as far as the configuration does not say so already."""
+  training = loaded.training
+  if loaded.memory.remat_policy != "full":
+    yield {"remat_policy": "full"}
+  if loaded.optimizer.opt_type == "adamw" and loaded.optimizer.mu_dtype is None:
+    yield {"mu_dtype": "bfloat16"}
+  if loaded.moes and loaded.experts.sparse_matmul:
+    yield {"sparse_matmul": False, "capacity_factor": 1.25}
+  yield {
+    "per_device_batch_size": training.per_device_batch_size / 2,
+    "gradient_accumulation_steps": training.gradient_accumulation_steps * 2,
+  }
+
+
+def remedies(loaded: Config, size: int, devices: int, chip: Chip, needed: int) -> list[str]:
+  """Settings with which a step that takes `needed` bytes should fit, the fastest first.
+
+  Estimates are taken for as far off as the one of the step as it is; `size` is the vocabulary's.
+  """
+  mesh = loaded.mesh
+  keys = {
+    k: n for axis in mesh.mesh_axes for k, n in [(mesh.keys(axis)[0], mesh.ici(devices)[axis])]
+  }
+  now = made(model_of(loaded, size), keys, devices, chip)
+  off = needed / now.bytes.total if now else 1.0
+  changes = list(lighter(loaded))
+  changes += [{"remat_policy": name} for name in SAVED if name != "full"]
+  changes.append({key: value for change in lighter(loaded) for key, value in change.items()})
+  found: dict[str, Layout] = {}
+  for change in changes:
+    other = made(model_of(loaded.changed(**change), size), keys, devices, chip)
+    if other is not None:
+      found.setdefault(" ".join(f"{k}={render(v)}" for k, v in change.items()), other)
+  for change in ({}, {"remat_policy": "full"}):
+    for other in layouts(model_of(loaded.changed(**change), size), devices, chip)[:2]:
+      words = [f"{k}={render(v)}" for k, v in change.items()]
+      found.setdefault(" ".join([*words, other.paste]), other)
+  fit = {words: one for words, one in found.items() if one.bytes.total * off <= FULL * chip.memory}
+  return [
+    f"{words}: {one.bytes.total * off / 2**30:.1f} GiB, {one.seconds.total:.3g} s a step at best"
+    for words, one in sorted(fit.items(), key=lambda pair: pair[1].seconds.total)[:SHOWN]
+  ]

@@ -1,0 +1,3 @@
+from maxtext.compile import cli
+
+cli()

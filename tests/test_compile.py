@@ -1,0 +1,211 @@
+"""`maxtext.compile` compiles the step that training runs, for devices that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from maxtext import compile as compiling
+from maxtext import config, hlo, program, topology
+from maxtext.compiled import executable, noting, report, words
+from maxtext.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+KEYS = (
+  "run_name=seen dataset_type=synthetic vocab_size=320 base_emb_dim=32 base_num_query_heads=4 "
+  "base_num_kv_heads=2 base_mlp_dim=64 base_num_decoder_layers=3 per_device_batch_size=1 "
+  "max_target_length=48 steps=1 ici_fsdp_parallelism=4 ici_tensor_parallelism=2 "
+  "enable_checkpointing=false"
+).split()
+
+HASTY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def run(folder: Path, module: str, *keys: str, code: int = 0) -> str:
+  """What a command prints, whose programs XLA writes into the folder `dump`."""
+  flags = f"{HASTY} --xla_dump_to={folder / 'dump'} --xla_dump_hlo_as_text"
+  done = subprocess.run(
+    [sys.executable, "-m", module, *KEYS, f"base_output_directory={folder}", *keys],
+    cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": flags},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == code, done.stderr[-2000:]
+  return done.stdout
+
+
+def optimised(folder: Path) -> str:
+  """The step as XLA compiled it, but for where it was written; names are numbered as they come."""
+  (path,) = (folder / "dump").glob("*.jit_placed.*cpu_after_optimizations.txt")
+  text = re.sub(r", metadata=\{[^}]*\}", "", path.read_text())
+  text, names = text[text.index("\n\n%") :], dict[str, str]()
+  number = lambda name: names.setdefault(name[0], f"name{len(names)}")
+  return re.sub(r"(?<![\w.])[A-Za-z_][\w-]*(\.[\w-]+)+", number, text)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> tuple[Path, str]:
+  """A folder with a compile's programs and report, and what it printed."""
+  folder = tmp_path_factory.mktemp("compiled")
+  keys = "compile_topology=cpu-8", f"report_file={folder / 'report.json'}"
+  return folder, run(folder, "maxtext.compile", *keys)
+
+
+def test_what_is_compiled_is_the_step_that_training_runs(seen, tmp_path):
+  run(tmp_path, "maxtext.train", "hardware=cpu", "devices=8")
+  ours, trained = optimised(seen[0]), optimised(tmp_path)
+  assert ours.count("all-gather") > 10
+  assert ours == trained
+
+
+def test_a_report_says_what_a_step_takes_and_sends_for_people_and_programs(seen):
+  folder, printed = seen
+  made = json.loads((folder / "report.json").read_text())
+  assert made["fits"] and made["run"]["mesh"] == {"fsdp": 4, "tensor": 2}
+  memory = made["memory"]
+  given = memory["parameters"] + memory["optimizer"] + memory["batch"]
+  assert given == pytest.approx(memory["arguments"], rel=0.02)  # a column is not read
+  assert memory["arguments"] + memory["temporaries"] <= memory["peak"] < memory["chip"]
+  sent = {(one["kind"], *one["axes"]): one for one in made["sent"]}
+  assert sent["reduce-scatter", "fsdp"]["times"] == 22  # as test_hlo.py counts it
+  assert sent["all-gather", "fsdp"]["wire"] == sent["all-gather", "fsdp"]["size"] * 3 // 4
+  assert len(made["largest"]) == 10
+  assert "8 x cpu, mesh fsdp 4 x tensor 2" in printed
+  assert len(printed.splitlines()) < 45
+
+
+def test_the_largest_arrays_are_named_by_line_and_axes(seen):
+  made = json.loads((seen[0] / "report.json").read_text())["largest"]
+  for one in (one for one in made if one["source"]):
+    file, line = one["source"].split(":")
+    assert (ROOT / "maxtext" / file).read_text().splitlines()[int(line) - 1].strip()
+  stream = [one for one in made if one["array"].endswith("[2, 48, 32]")]
+  assert {one["axes"] for one in stream} <= {
+    "activation_batch activation_norm_length activation_embed"
+  }
+  assert any(one["axes"] == "layers embed mlp" for one in made) or stream
+
+
+@pytest.mark.parametrize(
+  "extra",
+  ["remat_policy=full", pytest.param("scan_layers=false", marks=pytest.mark.slow)],
+)
+def test_memory_that_is_walked_through_is_what_the_compiler_needs(extra):
+  """To a tenth: XLA packs buffers into one block, with gaps, and shares what need not be copied."""
+  larger = "base_emb_dim=64", "max_target_length=128", "attention=dot_product"
+  keys = [key for key in KEYS if not key.startswith(("base_emb", "max_target"))]
+  keys += [extra, *larger]
+  built = noting(program.build(config.load(keys, {})))
+  made = report.of(built, built.traced.lower().compile(), 0.0)
+  assert made.memory.walked == pytest.approx(made.memory.peak, rel=0.1)
+  assert max(size for _, size in made.moments) == made.memory.walked
+  assert "it fits" in "\n".join(words.lines(made))
+
+
+PAIRED = """\
+HloModule paired
+
+%body (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %begun = (f32[2]{0}, f32[8]{0}) all-gather-start(%x), replica_groups={{0,1,2,3}}
+  %beside = f32[8]{0} fusion(%x), kind=kLoop, backend_config={"estimated_cycles":"30"}
+  %ended = f32[8]{0} all-gather-done(%begun)
+  %waited = f32[8]{0} all-reduce(%ended), replica_groups={{0,1,2,3}}
+  %idle = (f32[2]{0}, f32[8]{0}) all-gather-start(%waited), replica_groups={{0,1,2,3}}
+  ROOT %late = f32[8]{0} all-gather-done(%idle)
+}
+
+ENTRY %main (y: f32[8]) -> f32[8] {
+  %y = f32[8]{0} parameter(0)
+  ROOT %called = f32[8]{0} call(%y), to_apply=%body
+}
+"""
+
+
+def test_a_collective_overlaps_what_is_computed_between_its_two_halves():
+  found = hlo.collectives(PAIRED, {"fsdp": 4})
+  assert [(one.kind, one.beside) for one in found] == [
+    ("all-gather", 30),
+    ("all-reduce", None),
+    ("all-gather", None),
+  ]
+
+
+@pytest.mark.parametrize(
+  "name, shape, devices",
+  [
+    ("v4-512", "4x8x8", 256),
+    ("v5litepod-16", "4x4", 16),
+    ("v5p-64", "2x4x4", 32),
+    ("v6e-8", "2x4", 8),
+    ("tpu7x-8", "2x2x1", 8),
+    ("v5p-4x4x8", "4x4x8", 128),
+    ("cpu-8", "", 8),
+  ],
+)
+def test_devices_are_known_by_their_common_names(name, shape, devices):
+  found = topology.parse(name)
+  assert (found.topology, found.devices) == (shape, devices)
+
+
+@pytest.mark.parametrize(
+  "name, advice", [("v5p-100", "v5p-64, v5p-128"), ("v5q-8", "v5p"), ("h100-8", "name a TPU")]
+)
+def test_devices_that_there_are_none_of_are_refused(name, advice):
+  with pytest.raises(ConfigError, match=f"compile_topology.*{advice}"):
+    compiling.load([*KEYS, f"compile_topology={name}"])
+
+
+def test_without_a_topology_there_is_nothing_to_compile_for():
+  with pytest.raises(ConfigError, match="compile_topology"):
+    compiling.load(KEYS)
+
+
+def test_slices_without_a_topology_and_options_that_are_none_are_refused():
+  for key in ("compile_topology_num_slices=2", "compile_xla_flags=fast"):
+    with pytest.raises(ConfigError, match=key.partition("=")[0]):
+      config.load([*KEYS, key], {})
+
+
+ALONE = [
+  *[key for key in KEYS if not key.startswith(("ici_", "run_name"))],
+  "ici_fsdp_parallelism=1",
+  "attention=dot_product",
+]
+
+
+def alone(*keys):
+  """A program on one device."""
+  return program.build(config.load([*ALONE, *keys], {}), jax.devices()[:1])
+
+
+def test_a_compiled_step_is_loaded_for_what_it_was_compiled_for_and_nothing_else(tmp_path):
+  path, built = str(tmp_path / "step"), alone()
+  lowered = built.traced.lower()
+  compiled = lowered.compile()
+  executable.save(path, built, lowered, compiled)
+  batch = {name: jnp.ones(x.shape, x.dtype) for name, x in built.batch(1).items()}
+  again = alone("run_name=other", "log_period=7")
+  step = executable.load(path, again, again.traced.lower())
+  loss = step(again.init(), batch)[1]["loss"]
+  assert loss == compiled(built.init(), batch)[1]["loss"]
+  other = alone("learning_rate=0.5")
+  with pytest.raises(ConfigError, match="another program .learning_rate=0.001, here 0.5"):
+    executable.load(path, other, other.traced.lower())
+  (tmp_path / "step").write_text("nothing")
+  with pytest.raises(ConfigError, match="is no compiled step"):
+    executable.load(path, built, lowered)
+
+
+def test_a_step_of_several_cpu_devices_is_not_kept():
+  with pytest.raises(ConfigError, match="several CPU devices"):
+    executable.check(program.build(config.load(KEYS, {})))
