@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import itertools
 import time
@@ -43,11 +42,12 @@ from maxtext.training.hooks import Evaluate, Histograms, Save
 from maxtext.training.incidents import Incidents, Rollback
 from maxtext.training.loop import Done, End, Hook, Step, loop
 from maxtext.training.metrics import Metrics, Pace, due, step_scalars
+from maxtext.training.phases import Phase, Phases
 from maxtext.training.progress import Progress
 from maxtext.training.state import Params, State, from_tree, tree
 from maxtext.training.step import Batch
-
-LATE = 10.0  # seconds until what one host has written is there for another
+from maxtext.training.stragglers import Stragglers
+from maxtext.training.watchdog import Watchdog
 
 
 def train(config: Config, place: hosts.Place | None = None) -> int:
@@ -69,7 +69,8 @@ def _train(config: Config, started: float) -> int:
   check_devices(config, len(devices))
   for line in config.report():
     log.info(line)
-  with _folder(config) as folder:
+  folder = Path(config.run.base_output_directory).expanduser() / config.run.run_name
+  with hosts.held(folder):
     built = program.build(config, devices, tokens)
     if config.mesh.debug_sharding:
       log.info(placement.table(built.plan.declared, built.layout))
@@ -112,43 +113,6 @@ def _check_memory(built: Program) -> None:
     )
 
 
-@contextlib.contextmanager
-def _folder(config: Config) -> Iterator[Path]:
-  """The run's folder, made if need be, and this run's alone while it trains."""
-  folder = Path(config.run.base_output_directory).expanduser() / config.run.run_name
-  with contextlib.ExitStack() as held:
-
-    def take() -> None:
-      try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context((folder / ".lock").open("w"))
-      except OSError as error:
-        problem = f"{folder} cannot be written ({error.strerror}); name a folder that can"
-        raise ConfigError("base_output_directory", problem) from None
-      try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError:
-        what = "is being trained by another process in"
-        problem = f"{config.run.run_name!r} {what} {folder}; name another"
-        raise ConfigError("run_name", problem) from None
-
-    hosts.first(take)  # processes that train together have one folder
-    if not _appears(folder / ".lock"):
-      problem = f"{folder} is not there, where process 0 has made it; name one that all hosts share"
-      raise ConfigError("base_output_directory", problem)
-    yield folder
-
-
-def _appears(path: Path) -> bool:
-  """Whether a file that another process has made is here; a shared file system may be late."""
-  end = time.monotonic() + LATE
-  while not path.exists():
-    if time.monotonic() > end:
-      return False
-    time.sleep(0.5)
-  return True
-
-
 class Run:
   """What a training run holds open: its program, its data, its files."""
 
@@ -169,6 +133,7 @@ class Run:
       self.save = Save(self.checkpoints, config.checkpoint.checkpoint_period, self._beside)
     seeds = {key: config.values[key] for key in ("init_weights_seed", "data_shuffle_seed")}
     params, training = built.state.params, config.training
+    self.phases, self.first = Phases(started), -1
     self.incidents = Incidents(
       folder, training, built.guard, params, seeds, self.checkpoints, FACTS
     )
@@ -200,13 +165,20 @@ class Run:
     """Begin or go on, to the end; None where the run is to go on from an earlier checkpoint."""
     state = self.begin(newest)
     first = int(state.step)
+    self.first = first if self.first < 0 else self.first
+    self.pace.keep(first - self.first)
+    if self.save:
+      self.save.saved = -1
     self._write_config()
     with self._open_metrics(first) as self.metrics, hosts.before_end(self.metrics.flush):
       step = compiled()
       progress = self._open_progress(first)
       with progress as self.progress, hosts.before_end(progress.close), Stop() as stop:
+        watchdog = Watchdog(self.config.observe, self.folder, self.phases, self._saving)
+        stragglers = Stragglers(self.phases, self.config.observe.enable_goodput_recording)
         try:
-          return self._loop(step, state, range(first, self.config.training.steps), stop)
+          with watchdog, stragglers, self.phases.during("idle"):
+            return self._loop(step, state, range(first, self.config.training.steps), stop)
         except Rollback:
           return None
 
@@ -214,6 +186,11 @@ class Run:
     """The step, from the file that has it if there is one."""
     path = self.config.compile.compiled_trainstep_file
     return executable.load(path, self.program, lowered) if path else lowered.compile()
+
+  def _saving(self) -> Phase | None:
+    """The save under way, if there is one."""
+    at = self.checkpoints.under_way if self.checkpoints is not None else None
+    return None if at is None else Phase("save", *at)
 
   def _loop(self, step: Step, state: State, span: range, stop: Stop) -> int:
     """Run the steps, save the last state and wait until it is on disk."""
@@ -225,12 +202,13 @@ class Run:
     if stop(span.start):
       span = range(span.start, span.start)
     columns = self.placed(self.incidents.seeing(self.batches, span.start), self.rows)
-    end = loop(step, state, columns, span, self._reporter(), hooks, stop)
+    end = loop(step, state, columns, span, self._reporter(), hooks, stop, self.phases)
     stopped = stop(end.finished)
     if self.save:
-      if end.finished and (stopped or checkpoint.save_checkpoint_on_completion):
-        self.save(end.finished, end.state)
-      self.save.checkpoints.close()
+      with self.phases.during("checkpoint", end.finished):
+        if end.finished and (stopped or checkpoint.save_checkpoint_on_completion):
+          self.save(end.finished, end.state)
+        self.save.checkpoints.close()
     self._farewell(end, None if evaluate is None else evaluate.last, stop)
     done = end.finished == self.config.training.steps or end.why in ("data", "hook")
     return self.config.hosts.exit_code_when_stopped if stop.by and not done else 0
@@ -341,20 +319,24 @@ class Run:
   def _where(self, rows: int) -> jax.sharding.Sharding:
     return self.program.batch(rows)["inputs"].sharding
 
+  @functools.cached_property
+  def pace(self) -> Pace:
+    tokens = self.rows * self.length
+    flops = estimate.step_flops(self.program.spec, tokens, self.length).total
+    kind = self.program.layout.mesh.devices.flat[0].device_kind
+    return Pace(tokens, flops, self.devices, estimate.peak_flops(kind), self.started)
+
   def _reporter(self) -> Callable[[Done], None]:
     """What hears of every finished step: the guard against divergence, the log, the curves."""
-    config = self.config
-    flops = estimate.step_flops(self.program.spec, self.rows * self.length, self.length).total
-    kind = self.program.layout.mesh.devices.flat[0].device_kind
-    pace = Pace(
-      self.rows * self.length, flops, self.devices, estimate.peak_flops(kind), self.started
-    )
+    config, pace = self.config, self.pace
 
     def report(done: Done) -> None:
       saving = self.save.wait() if self.save else 0.0
       scalars = step_scalars(done.metrics) | pace.after(done.seconds, done.data_wait, saving)
       self.progress.step(done.step, scalars)
       if due(done.step, config.observe, config.training.steps):
+        if config.observe.enable_goodput_recording:
+          scalars |= {f"time/{name}": spent for name, spent in self.phases.seconds().items()}
         self.metrics.scalars(done.step, scalars)
       self.incidents.heard(done)
 
@@ -374,6 +356,8 @@ class Run:
       entropy = self.corpus.unigram_entropy()
       beside = "" if entropy is None else f"; unigram entropy of the corpus {entropy:.3f}"
       log.info(f"eval loss {loss:.3f} nats/token{beside}")
+    if self.config.observe.enable_goodput_recording:
+      log.info(self.phases.line(self.pace.goodput, self.pace.lost))
     if stop.by:
       saved = f", saved in {self.save.checkpoints.directory}" if self.save else ", not saved"
       log.info(f"stopped by {stop.by} after {done}{saved}; the same command resumes it")

@@ -130,6 +130,8 @@ def test_a_run_that_goes_back_is_one_without_the_batches_that_it_passed(whole, b
   """From 6 past batches 6 and 7; from 3, since 6 led to this, past up to 9; from there up to 12."""
   record = json.loads((whole / "r/rollback.json").read_text())
   assert record == {"checkpoint": 3, "passed": 10, "count": 3}
+  steps = sorted(int(path.name) for path in (whole / "r/checkpoints").iterdir())
+  assert steps == [3, 6, 9, 12, STEPS]
   names = {path.stem for path in (whole / "r/incidents").iterdir()}
   assert names == {"step-7-batch-7", "step-7-batch-9", "step-5-batch-12"}
   state = built.init()

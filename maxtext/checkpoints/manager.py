@@ -50,6 +50,7 @@ class Checkpoints:
     self._writer: Any = None
     self._thread: threading.Thread | None = None
     self._failure: CheckpointError | None = None
+    self.under_way: tuple[int, float] | None = None  # the step of a save, and when it began
 
   def due(self, step: int) -> bool:
     """Whether `checkpoint_period` asks for a checkpoint after `step` finished steps."""
@@ -79,6 +80,7 @@ class Checkpoints:
       self._abandon(building)
       raise self._trouble(step, error) from error
     waited = time.monotonic() - begun
+    self.under_way = step, begun
 
     def finish() -> None:
       try:
@@ -92,6 +94,8 @@ class Checkpoints:
       except Exception as error:  # raised where the caller can see it
         self._failure = self._trouble(step, error)
         self._abandon(building)
+      finally:
+        self.under_way = None
 
     self._thread = threading.Thread(target=finish, name=f"checkpoint {step}")
     self._thread.start()

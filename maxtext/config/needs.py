@@ -161,6 +161,12 @@ NEEDS = (
     lambda c: c.training.skip_step_on_spikes,
   ),
   Need(
+    ("watchdog_restart",),
+    "a watchdog_timeout_seconds above 0",
+    "watchdog_timeout_seconds",
+    lambda c: c.observe.watchdog_timeout_seconds > 0,
+  ),
+  Need(
     (
       "save_checkpoint_on_start",
       "checkpoint_period",

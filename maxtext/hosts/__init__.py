@@ -1,6 +1,21 @@
 """Several processes that train as one; imports no jax until they join."""
 
-from maxtext.hosts.group import agree, before_end, first, is_first, joined, say_end, stop_at, tell
+from maxtext.hosts.folder import held
+from maxtext.hosts.group import (
+  agree,
+  alone,
+  before_end,
+  board,
+  end,
+  first,
+  is_first,
+  joined,
+  named,
+  number,
+  say_end,
+  stop_at,
+  tell,
+)
 from maxtext.hosts.places import Place, find
 from maxtext.hosts.sections import Hosts
 
@@ -8,11 +23,17 @@ __all__ = [
   "Hosts",
   "Place",
   "agree",
+  "alone",
   "before_end",
+  "board",
+  "end",
   "find",
   "first",
+  "held",
   "is_first",
   "joined",
+  "named",
+  "number",
   "say_end",
   "stop_at",
   "tell",

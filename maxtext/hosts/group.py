@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ from maxtext.hosts.watch import FLUSHING, GRACE, HOSTS, NEWS, Watch
 
 NEVER = 10**6  # seconds: what JAX does when a time is over is to abort; we are to be there first
 TO_TELL = 60  # seconds for others to come and hear what is wrong with this process
-AGREE, FIRST = "maxtext/agree", "maxtext/first"
+AGREE, FIRST, BOARD = "maxtext/agree", "maxtext/first", "maxtext/board"
 
 
 class Elsewhere(UserError):
@@ -81,6 +82,12 @@ class Group:
       self._service.write(f"{key}/verdict", json.dumps(_verdict(own, differing)))
     if lines := json.loads(self._service.read(f"{key}/verdict")):
       raise self._common(ConfigErrors(lines))
+
+  def board(self, name: str, text: str) -> dict[int, str]:
+    """As `board`, without waiting for others. Raises RuntimeError where process 0 is gone."""
+    self._service.write(f"{BOARD}/{name}/{self.place.id}", text)
+    found = self._service.below(f"{BOARD}/{name}")
+    return {int(process): said for process, said in found.items()}
 
   def fail(self, error: BaseException) -> None:
     """Tell the others what ends this process, unless it is what they have died of."""
@@ -205,6 +212,37 @@ def say_end(line: str, code: int) -> None:
     _group.say_end(line, code)
     if is_first():
       time.sleep(GRACE)  # who keeps the board must not be gone before it is read
+
+
+def end(line: str, code: int) -> None:
+  """End this process now, from whatever thread, with this line and code; and the others with it."""
+  if _group is None:
+    print(line, file=sys.stderr, flush=True)
+    os._exit(code)
+  telling = threading.Thread(target=_group.say_end, args=(line, code), daemon=True)
+  telling.start()
+  telling.join(FLUSHING)
+  _group.watch.end(line, code)
+
+
+def number() -> int:
+  """Which process this is."""
+  return 0 if _group is None else _group.place.id
+
+
+def named(process: int) -> str:
+  """A process in words."""
+  return f"process {process}" if _group is None else _group.watch.name(process)
+
+
+def alone() -> bool:
+  """Whether this process trains without others."""
+  return _group is None
+
+
+def board(name: str, text: str) -> dict[int, str]:
+  """What each process has last put on the board under this name, this one just now."""
+  return {0: text} if _group is None else _group.board(name, text)
 
 
 def is_first() -> bool:

@@ -104,14 +104,14 @@ class Watch:
     for kind, process, text in news:
       if kind == "failed" and int(process) != self.place.id and not self._leaving.is_set():
         failure = json.loads(text)
-        self.end(f"{self._name(int(process))} ended: {failure['line']}", failure["code"])
+        self.end(f"{self.name(int(process))} ended: {failure['line']}", failure["code"])
     said = lambda what: {int(process): text for kind, process, text in news if kind == what}
     return said("stop"), set(said("left"))
 
   def _agree_to_stop(self, service: Service, process: int, name: str) -> None:
     """Find the first step that no process has finished yet; until then none begins another."""
     if process != self.place.id:
-      log.info(f"{name} on {self._name(process)}: stopping after this step")
+      log.info(f"{name} on {self.name(process)}: stopping after this step")
     with self._step:
       service.write(f"{STOP}/{self.place.id}", str(self._finished))
       finished: dict[str, str] = {}
@@ -140,9 +140,10 @@ class Watch:
 
   def _death(self, process: int, more: int = 0) -> tuple[str, int]:
     others = f", and {more} more," if more else ""
-    line = f"{self._name(process)}{others} has died or does not answer"
+    line = f"{self.name(process)}{others} has died or does not answer"
     return f"{line}; start all again, and the run goes on", Restart.exit_code
 
-  def _name(self, process: int) -> str:
+  def name(self, process: int) -> str:
+    """A process in words."""
     host = self.names.get(str(process))
     return f"process {process} of {self.place.count}" + (f" (on {host})" if host else "")

@@ -38,6 +38,7 @@ class Evaluate:
   progress: Progress
   last: float | None = None  # the newest average loss
   at: int = -1  # the number of finished steps that it belongs to
+  phase: str = "eval"
 
   def due(self, finished: int) -> bool:
     interval = self.section.eval_interval
@@ -72,6 +73,7 @@ class Save:
   beside: Callable[[int], dict[str, Any]]
   saved: int = -1  # the newest step that was given to be saved
   waited: float = 0.0
+  phase: str = "checkpoint"
 
   def due(self, finished: int) -> bool:
     return finished % self.period == 0
@@ -97,6 +99,7 @@ class Histograms:
   metrics: Metrics
   section: Observe
   steps: int
+  phase: str = "idle"
 
   def due(self, finished: int) -> bool:
     return due(finished - 1, self.section, self.steps)

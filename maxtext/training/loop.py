@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 
+from maxtext.training.phases import Phases
 from maxtext.training.state import State
 from maxtext.training.step import Batch
 
@@ -30,6 +31,8 @@ class Done:
 
 class Hook(Protocol):
   """Something that needs the state between two steps: an evaluation, a checkpoint."""
+
+  phase: str  # of PHASES, that it is
 
   def due(self, finished: int) -> bool:
     """Whether to run once `finished` steps are done."""
@@ -57,6 +60,7 @@ def loop(
   report: Callable[[Done], None],
   hooks: Sequence[Hook] = (),
   stop: Callable[[int], bool] = lambda finished: False,
+  phases: Phases | None = None,
 ) -> End:
   """Run steps `span`; `report` hears of each once it is finished, in order.
 
@@ -64,6 +68,7 @@ def loop(
   never waits for a log line. Before hooks run, everything is finished and reported. `stop` is asked
   once after each step.
   """
+  phases = phases or Phases()
   mark = time.monotonic()  # when the step before was finished, and its hooks
   pending: tuple[int, dict[str, jax.Array], float] | None = None
 
@@ -71,19 +76,21 @@ def loop(
     nonlocal pending, mark
     if pending is not None:
       (index, metrics, wait), pending = pending, None
-      numbers = jax.device_get(metrics)
+      with phases.during("step", index):
+        numbers = jax.device_get(metrics)
       before, mark = mark, time.monotonic()
       report(Done(index, numbers, mark - before, wait))
 
   for index in span:
     start = time.monotonic()
-    try:
-      batch = next(batches)
-    except StopIteration:
+    with phases.during("data", index):
+      batch = next(batches, None)
+    if batch is None:
       settle()
       return End(state, index, "data")
     wait = time.monotonic() - start
-    state, metrics = step(state, batch)
+    with phases.during("step", index):
+      state, metrics = step(state, batch)
     settle()
     pending = index, metrics, wait
     finished = index + 1
@@ -91,7 +98,10 @@ def loop(
     stopped = stop(finished)
     if due or stopped:
       settle()
-      ended = [hook(finished, state) for hook in due]
+      ended = []
+      for hook in due:
+        with phases.during(hook.phase, finished):
+          ended.append(hook(finished, state))
       mark = time.monotonic()
       if stopped:
         return End(state, finished, "stop")

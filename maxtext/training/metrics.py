@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import math
 import time
@@ -124,15 +125,27 @@ class Pace:
   ):
     self.tokens, self.flops, self.peak = tokens / devices, flops / devices, peak
     self.started = time.monotonic() if started is None else started
-    self.productive = 0.0
+    self.productive = self.lost = 0.0
+    self._after = array.array("d")  # the productive seconds after each step
+
+  @property
+  def goodput(self) -> float:
+    """The share of the time so far that has trained."""
+    return self.productive / max(time.monotonic() - self.started, self.productive, 1e-9)
+
+  def keep(self, steps: int) -> None:
+    """Forget all but the first so many steps: the run has gone back."""
+    del self._after[max(steps, 0) :]
+    kept = self._after[-1] if self._after else 0.0
+    self.lost, self.productive = self.lost + self.productive - kept, kept
 
   def after(
     self, seconds: float, data_wait: float = 0.0, checkpoint_wait: float = 0.0
   ) -> dict[str, float]:
     """The scalars of a step of `seconds`, `data_wait` of them for data, after a save held it up."""
     self.productive += max(seconds - data_wait, 0.0)
+    self._after.append(self.productive)
     seconds = max(seconds, 1e-9)
-    elapsed = max(time.monotonic() - self.started, self.productive, 1e-9)
     scalars = {
       "perf/step_time_seconds": seconds,
       "perf/per_device_tflops": self.flops / 1e12,
@@ -145,7 +158,7 @@ class Pace:
     return scalars | {
       "perf/data_wait_seconds": data_wait,
       "perf/checkpoint_wait_seconds": checkpoint_wait,
-      "perf/goodput": self.productive / elapsed,
+      "perf/goodput": self.goodput,
     }
 
 

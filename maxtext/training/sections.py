@@ -114,3 +114,6 @@ class Observe:
   metrics_file: str
   progress_bar: Literal["auto", "on", "off"]
   record_internal_nn_metrics: bool
+  enable_goodput_recording: bool
+  watchdog_timeout_seconds: NotNegative
+  watchdog_restart: bool

@@ -45,6 +45,9 @@ def observe(**changes) -> Observe:
     "metrics_file": "",
     "progress_bar": "auto",
     "record_internal_nn_metrics": False,
+    "enable_goodput_recording": True,
+    "watchdog_timeout_seconds": 0.0,
+    "watchdog_restart": False,
   }
   return Observe(**settings | changes)
 

@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
 
 
 def observe(progress_bar: str = "auto", log_period: int = 1) -> Observe:
-  return Observe(log_period, False, "", progress_bar, False)
+  return Observe(log_period, False, "", progress_bar, False, True, 0.0, False)
 
 
 def scalars(step: int, **more: float) -> dict[str, float]:
