@@ -8,6 +8,7 @@ our manifest: labels, topology, hosts and chips.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from end_to_end.hosts import same
 from end_to_end.runs import CONFIG, OURS, Process, Run, check, module, report
 
 KEYS = ("steps=24", "checkpoint_period=4", "dropout_rate=0", "learning_rate=1.0e-3")
+PROMPT = "two\nlines of $HOME, $$ and 'quotes'"
 MACHINES = (
   *("v4-8", "v4-32", "v5e-8", "v5e-16", "v5e-256", "v5p-8", "v5p-128", "v5p-384", "v5p-1024"),
   *("v6e-1", "v6e-4", "v6e-256", "tpu7x-128", "h100-8", "h100-16", "h100-mega-16", "h200-8"),
@@ -58,14 +60,21 @@ def ends_with_the_complaint(parent: Path) -> None:
   check(not run.folder.exists(), f"{run.folder} was made")
 
 
+def jobs_of(manifest: Path) -> dict:
+  (jobs,) = next(yaml.safe_load_all(manifest.read_text()))["spec"]["replicatedJobs"]
+  return jobs
+
+
+def container(manifest: Path) -> dict:
+  return jobs_of(manifest)["template"]["spec"]["template"]["spec"]["containers"][0]
+
+
 def asked(manifest: Path) -> tuple:
   """What a manifest asks the cluster for."""
-  tree = next(yaml.safe_load_all(manifest.read_text()))
-  (jobs,) = tree["spec"]["replicatedJobs"]
+  jobs, limits = jobs_of(manifest), container(manifest)["resources"]["limits"]
   work = jobs["template"]["spec"]
-  pod = work["template"]["spec"]
-  limits = pod["containers"][0]["resources"]["limits"]
-  nodes = {k: v for k, v in (pod["nodeSelector"] or {}).items() if "tpu" in k}
+  selected = work["template"]["spec"]["nodeSelector"] or {}
+  nodes = {k: v for k, v in selected.items() if "tpu" in k}
   return jobs["replicas"], work["parallelism"], work["completions"], nodes, limits
 
 
@@ -81,7 +90,7 @@ def as_xpk(parent: Path) -> None:
       size = (f"launch_machine={machine}", f"num_slices={slices}", "run_name=w")
       for target in (("gke", "launch_volume=v"), ("xpk", "launch_volume=v", *place)):
         keys = (f"launch_target={target[0]}", *target[1:], *common, *size)
-        whole = ("ici_data_parallelism=-1", "ici_fsdp_parallelism=1")
+        whole = ("ici_data_parallelism=-1", "ici_fsdp_parallelism=1", f"prompt={PROMPT}")
         module("maxtext.launch", *keys, *whole).ends(0)
       # a storage is looked up in the cluster, which a dry run has not
       command = (own / "w" / "xpk.sh").read_text().replace("--storage=v", "--dry-run")
@@ -91,6 +100,12 @@ def as_xpk(parent: Path) -> None:
       home = OURS | {"HOME": str(parent), "PATH": os.environ["PATH"]}
       done = subprocess.run(["bash", "-c", dry], capture_output=True, text=True, env=home)
       check(theirs.exists(), f"xpk rendered nothing for {machine}:\n{done.stdout[-2000:]}")
+      said = container(theirs)["command"][-1].replace("$$", "$")
+      (words,) = re.findall(r"^ *\((python -m train .*)\) & ", said, re.MULTILINE)
+      heard = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {words}"], capture_output=True, text=True
+      )
+      check(f"prompt={PROMPT}" in heard.stdout.split("\0"), f"lost on its way through xpk: {words}")
       ours = asked(own / "w" / "gke.yml")
       check(ours == asked(theirs), f"{machine}: {ours}, and {asked(theirs)} by xpk")
       print(f"  {machine} x {slices}: as xpk: {ours}", flush=True)

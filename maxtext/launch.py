@@ -89,6 +89,8 @@ def main(argv: list[str]) -> int:
   if found := list(complaints(loaded)):
     raise ConfigErrors(lines(found))
   if loaded.launch.launch_target == "local":
+    if submit:
+      raise ConfigError("--submit", "launch_target=local starts at once; leave it away")
     return _here(loaded)
   return _elsewhere(_job(loaded), submit)
 

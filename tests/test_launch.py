@@ -66,12 +66,20 @@ def words_of(manifest: str) -> list[str]:
   jobs = next(yaml.safe_load_all(manifest))["spec"]["replicatedJobs"]
   command = jobs[0]["template"]["spec"]["template"]["spec"]["containers"][0]["command"]
   assert command[:3] == ["python", "-m", "train"]
-  return command[3:]
+  return [word.replace("$$", "$") for word in command[3:]]  # as Kubernetes does
 
 
 def words_of_script(place: Path, target: str) -> list[str]:
   """What a shell makes of a script's one command."""
   return shlex.split(written(place, target).replace("\\\n", ""))
+
+
+def in_a_shell(command: str) -> list[str]:
+  """The words that bash makes of a command of one line, which Kubernetes hands on."""
+  assert "\n" not in command
+  show = f"printf '%s\\0' {command.replace('$$', '$')}"
+  done = subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True)
+  return done.stdout.split("\0")[:-1]
 
 
 def refused(*words: str) -> str:
@@ -85,7 +93,7 @@ def refused(*words: str) -> str:
 KEYS = (
   "model_name=tiny",
   "custom_mesh_and_rule=pure_fsdp",
-  "prompt=line\nand 'quotes' \"here\" = $x [a, b]",
+  "prompt=line\nand 'quotes' \"here\" = $x $(HOME) $$ \\n [a, b]",
   "eval_sample_prompt=[x",
   "load_parameters_path=",
   "resume_changes=[steps, learning_rate]",
@@ -107,7 +115,7 @@ def test_the_run_there_has_the_configuration_that_was_checked_here(place, target
   else:
     words = words_of_script(place, "*.sh")
     if target is XPK:
-      words = shlex.split(next(w for w in words if w.startswith("--command=")).split("=", 1)[1])
+      words = in_a_shell(next(w for w in words if w.startswith("--command=")).split("=", 1)[1])
     words = words[words.index("train") + 1 :]
   there = config.load(words, {}, purpose="launch").values
   hardware = {GKE: "tpu", XPK: "tpu", DOCKER: "cpu"}[target]
@@ -276,6 +284,10 @@ def test_a_signal_to_a_local_launch_comes_to_each_process(number):
     assert "I am" in process.stdout.readline()
   process.send_signal(number)
   assert process.wait(timeout=20) == 9
+
+
+def test_what_starts_at_once_is_not_submitted():
+  assert "starts at once" in refused("launch_target=local", "--submit")
 
 
 def test_several_local_processes_share_the_cpu_and_nothing_else():

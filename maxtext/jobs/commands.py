@@ -30,8 +30,19 @@ def xpk(job: Job) -> list[str]:
     f"--restart-on-exit-codes={AGAIN}",
     f"--termination-grace-period-seconds={launch.launch_grace_seconds}",
     *(f"--env={name}={value}" for name, value in launch.environment.items()),
-    f"--command={shlex.join(job.command)}",
+    f"--command={' '.join(map(_in_a_line, job.command))}",
   ]
+
+
+def _in_a_line(word: str) -> str:
+  """A word for the shell in which xpk runs a command: without the line breaks, which its manifest
+  does not survive, and with $ doubled, of which Kubernetes takes one away.
+  """
+  quoted, controls = shlex.quote(word), (*range(32), 127)
+  if any(ord(character) in controls for character in word):
+    codes = {code: f"\\x{code:02x}" for code in controls} | {39: "\\'", 92: "\\\\"}
+    quoted = f"$'{word.translate(codes)}'"
+  return quoted.replace("$", "$$")
 
 
 def docker(job: Job) -> list[str]:

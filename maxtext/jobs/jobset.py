@@ -73,7 +73,7 @@ def _pod(job: Job) -> Tree:
   container = {
     "name": TRAIN,
     "image": job.launch.launch_image,
-    "command": job.command,
+    "command": [word.replace("$", "$$") for word in job.command],  # which Kubernetes takes back
     "env": list(_environment(job)),
     "resources": {"limits": {resource: machine.chips}},
     "volumeMounts": [_mount(job), {"name": "shm", "mountPath": "/dev/shm"}],
@@ -100,13 +100,14 @@ def _pod(job: Job) -> Tree:
 
 def _environment(job: Job) -> Iterator[Tree]:
   """The variables of a pod. On TPUs GKE adds those that hosts.find reads there."""
-  values: Tree = dict(job.launch.environment)
+  values: Tree = {}
   if not job.machine.topology:
     values["LD_LIBRARY_PATH"] = "/usr/local/nvidia/lib64"  # where GKE puts the driver
     if job.machine.hosts > 1:
       first = f"{job.name}-{SLICE}-0-0.{job.name}"
       number = {"fieldRef": {"fieldPath": INDEX}}
       values |= place(first, job.machine.hosts, number)
+  values |= job.launch.environment
   for key in job.launch.launch_secrets:
     values[key] = {"secretKeyRef": {"name": job.launch.launch_secret_name, "key": key}}
   for key, value in values.items():

@@ -108,6 +108,8 @@ def seen(made: Job, index: int) -> dict[str, str]:
 
 def test_processes_with_gpus_find_their_place_in_what_the_manifest_gives_them():
   section = hosts.Hosts("", None, None, 300, 20, False, 0)
+  mine = ["LD_LIBRARY_PATH=/own"]
+  assert seen(job("h100-32", launch_environment=mine), 1)["LD_LIBRARY_PATH"] == "/own"
   for index in range(4):
     found = hosts.find(seen(job("h100-32"), index), section, "gpu")
     assert found is not None and (found.count, found.id) == (4, index)
