@@ -21,7 +21,7 @@ from end_to_end.hosts import same
 from end_to_end.runs import CONFIG, OURS, Process, Run, check, module, report
 
 KEYS = ("steps=24", "checkpoint_period=4", "dropout_rate=0", "learning_rate=1.0e-3")
-PROMPT = "two\nlines of $HOME, $$ and 'quotes'"
+PROMPT = "two\nlines of $HOME, $$ and 'quotes', \"double\" ones \\n"
 MACHINES = (
   *("v4-8", "v4-32", "v5e-8", "v5e-16", "v5e-256", "v5p-8", "v5p-128", "v5p-384", "v5p-1024"),
   *("v6e-1", "v6e-4", "v6e-256", "tpu7x-128", "h100-8", "h100-16", "h100-mega-16", "h200-8"),

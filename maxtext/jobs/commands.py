@@ -35,13 +35,12 @@ def xpk(job: Job) -> list[str]:
 
 
 def _in_a_line(word: str) -> str:
-  """A word for the shell in which xpk runs a command: without the line breaks, which its manifest
-  does not survive, and with $ doubled, of which Kubernetes takes one away.
+  """A word for the shell in which xpk runs a command: as codes what xpk's manifests do not survive,
+  line breaks and quotes, and doubled $, of which Kubernetes takes one away.
   """
-  quoted, controls = shlex.quote(word), (*range(32), 127)
-  if any(ord(character) in controls for character in word):
-    codes = {code: f"\\x{code:02x}" for code in controls} | {39: "\\'", 92: "\\\\"}
-    quoted = f"$'{word.translate(codes)}'"
+  codes = {code: f"\\x{code:02x}" for code in (*range(32), 127, *map(ord, "'\"\\"))}
+  coded = word.translate(codes)
+  quoted = shlex.quote(word) if coded == word else f"$'{coded}'"
   return quoted.replace("$", "$$")
 
 
