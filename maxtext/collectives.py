@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from maxtext import sharding
 
@@ -22,7 +22,7 @@ def gather(w: jax.Array, axes: sharding.Axes) -> jax.Array:
   """
   if (layout := sharding.active()) is None or layout.mesh.size == 1:
     return w
-  whole = layout.gathered(axes, w.shape)
+  kept = layout.gathered(axes, w.shape).spec
   new, place = layout.shares(axes, w.shape)
 
   def joined(w: jax.Array) -> jax.Array:
@@ -31,10 +31,16 @@ def gather(w: jax.Array, axes: sharding.Axes) -> jax.Array:
     return w
 
   if any(new):
-    w = jax.shard_map(
-      joined, mesh=layout.mesh, in_specs=place, out_specs=whole.spec, check_vma=False
-    )(w)
-  return jax.lax.with_sharding_constraint(w, whole)
+    w = sharding.by_device(joined, place, kept)(w)
+  return sharding.place(w, kept)
+
+
+def whole(w: jax.Array, axes: sharding.Axes) -> jax.Array:
+  """As `gather`, of a parameter that is added to activations; how is left to the compiler."""
+  layout = sharding.active()
+  if layout is None or layout.mesh.size == 1:
+    return w
+  return sharding.place(w, layout.gathered(axes, w.shape).spec)
 
 
 def partial(product: Callable[..., jax.Array], axes: sharding.Axes, *rows: jax.Array) -> jax.Array:
@@ -47,17 +53,17 @@ def partial(product: Callable[..., jax.Array], axes: sharding.Axes, *rows: jax.A
   if layout is None or not (tokens := layout.token_axes):
     return product(*rows)[None]
 
-  shares = jax.shard_map(
+  # over the other axes it stays one program
+  run = sharding.by_device(
     lambda *rows: product(*rows)[None],
-    mesh=layout.mesh,
-    in_specs=layout.tokens,
-    out_specs=PartitionSpec(tokens),
-    axis_names={*tokens, *layout.around},  # over the other axes it stays one program
-    check_vma=False,
-  )(*rows)
-  kept = layout.gathered(axes, shares.shape[1:]).spec
-  place = NamedSharding(layout.mesh, PartitionSpec(tokens, *kept))
-  return jax.lax.with_sharding_constraint(shares, place)
+    layout.tokens,
+    PartitionSpec(tokens),
+    (*tokens, *layout.around),
+  )
+  shares = run(*rows)
+  return sharding.place(
+    shares, PartitionSpec(tokens, *layout.gathered(axes, shares.shape[1:]).spec)
+  )
 
 
 def scatter(shares: jax.Array, axes: sharding.Axes) -> jax.Array:
@@ -78,20 +84,16 @@ def scatter(shares: jax.Array, axes: sharding.Axes) -> jax.Array:
       total = add_and_split(total, names, i) if names else total
     return jax.lax.psum(total, rest) if rest else total
 
-  total = jax.shard_map(
-    add,
-    mesh=layout.mesh,
-    in_specs=PartitionSpec(tokens, *layout.gathered(axes, shape).spec),
-    out_specs=place,
-    check_vma=False,
-  )(shares)
+  total = sharding.by_device(add, PartitionSpec(tokens, *layout.gathered(axes, shape).spec), place)(
+    shares
+  )
   return sharding.constrain(total, *axes)
 
 
 def take_rows(w: jax.Array, axes: sharding.Axes, rows: jax.Array) -> jax.Array:
   """Rows [b t] of a table [v d] -> [b t d]. The rows that are asked for travel, not the table."""
   layout = sharding.active()
-  if layout is None or not layout.token_axes or not layout.even(rows):
+  if layout is None or not (layout.token_axes or layout.explicit) or not layout.even(rows):
     return gather(w, axes)[rows]
   (joined, moved), place = layout.shares(axes, w.shape)
   split, kept = layout.gathered(axes, w.shape).spec
@@ -106,13 +108,9 @@ def take_rows(w: jax.Array, axes: sharding.Axes, rows: jax.Array) -> jax.Array:
     y = jnp.moveaxis(jax.lax.all_to_all(y, moved, 0, 0), 0, 2)  # [b t ways d/ways]
     return y.reshape(*y.shape[:2], y.shape[2] * y.shape[3])
 
-  return jax.shard_map(
-    take,
-    mesh=layout.mesh,
-    in_specs=(place, layout.tokens),
-    out_specs=PartitionSpec(*layout.tokens, kept),
-    check_vma=False,
-  )(w, rows)
+  return sharding.by_device(take, (place, layout.tokens), PartitionSpec(*layout.tokens, kept))(
+    w, rows
+  )
 
 
 def add_rows(
@@ -120,7 +118,7 @@ def add_rows(
 ) -> jax.Array:
   """g [b t d] added up in float32 in the rows [b t] of a table [v d] that is otherwise zero."""
   layout = sharding.active()
-  if layout is None or not layout.token_axes:
+  if layout is None or not (layout.token_axes or layout.explicit):
     return sharding.constrain(
       jnp.zeros(shape, jnp.float32).at[rows].add(g.astype(jnp.float32)), *axes
     )
@@ -141,13 +139,9 @@ def add_rows(
     total = add_and_split(total, joined, 0) if joined else total
     return jax.lax.psum(total, rest) if rest else total
 
-  total = jax.shard_map(
-    add,
-    mesh=layout.mesh,
-    in_specs=(PartitionSpec(*layout.tokens, kept), layout.tokens),
-    out_specs=place,
-    check_vma=False,
-  )(g, rows)
+  total = sharding.by_device(add, (PartitionSpec(*layout.tokens, kept), layout.tokens), place)(
+    g, rows
+  )
   return sharding.constrain(total, *axes)
 
 

@@ -81,6 +81,7 @@ class Mesh:
   dcn_tensor_sequence_parallelism: Ways
   dcn_expert_parallelism: Ways
   dcn_autoregressive_parallelism: Ways
+  shard_mode: Literal["auto", "explicit"]
   num_slices: Count
   allow_split_physical_axes: bool
   shard_optimizer_over_data: bool

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -46,7 +47,8 @@ def make_mesh(section: meshes.Mesh, devices: Sequence[jax.Device]) -> Mesh:
       axis for pair in zip(range(len(names)), range(len(names), 2 * len(names))) for axis in pair
     ]
     grid = grid.transpose(order).reshape([d * i for d, i in zip(dcn_sizes, ici_sizes)])
-  return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+  kind = AxisType.Explicit if section.shard_mode == "explicit" else AxisType.Auto
+  return Mesh(grid, names, axis_types=(kind,) * len(names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +133,11 @@ class Layout:
     return math.prod(self.mesh.shape[m] for m in self.splits(axis))
 
   @property
+  def explicit(self) -> bool:
+    """Whether the types of arrays say how they are split, and no compiler decides it."""
+    return AxisType.Explicit in self.mesh.axis_types
+
+  @property
   def tokens(self) -> PartitionSpec:
     """How [b t ...] is split into tokens: the first two dimensions, the others whole."""
     return PartitionSpec(entry_of(self.splits("activation_batch")), entry_of(self.splits(LENGTH)))
@@ -169,12 +176,17 @@ class Layout:
 _active: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def use(layout: Layout | None) -> Iterator[None]:
   """While inside, what is traced of the functions below places arrays by `layout`."""
   token = _active.set(layout)
+  mesh = layout.mesh.abstract_mesh if layout is not None and layout.explicit else None
   try:
-    yield
+    with _NOTHING if mesh is None else jax.sharding.use_abstract_mesh(mesh):
+      yield
   finally:
     _active.reset(token)
 
@@ -216,7 +228,70 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Have the compiler lay `x` out by its logical axes; nothing happens outside `use`."""
   if (layout := _active.get()) is None or layout.mesh.size == 1:
     return x
-  return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.shape))
+  return place(x, layout.sharding(axes, x.shape).spec)
+
+
+# The functions below know how JAX spells shardings, as constraints or in types.
+
+
+def place(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+  """x, split over the mesh of the layout in use as `spec` says."""
+  layout = _active.get()
+  assert layout is not None
+  if layout.explicit:
+    return jax.sharding.reshard(x, spec)
+  return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+
+
+def alike(x: jax.Array, other: jax.Array) -> jax.Array:
+  """x in the dtype of `other`, and where the types of arrays say how they are split, as that is."""
+  split = jax.typeof(other).sharding
+  x = x.astype(other.dtype)
+  return jax.sharding.reshard(x, split) if AxisType.Explicit in split.mesh.axis_types else x
+
+
+def by_device(function: Callable, inputs: Any, outputs: Any, axes: Sequence[str] = ()) -> Callable:
+  """`function` of each device's parts of its arguments, which are split as `inputs` say: a
+  PartitionSpec for each, or one for all; of the results the parts are as `outputs` say.
+
+  With `axes` it is so over these alone: over the others of the mesh it stays one program.
+  """
+  layout = _active.get()
+  assert layout is not None
+  # neither Pallas calls nor loops that start from constants pass the check
+  run = jax.shard_map(
+    function,
+    mesh=layout.mesh,
+    in_specs=inputs,
+    out_specs=outputs,
+    axis_names=set(axes or layout.mesh.axis_names),
+    check_vma=False,
+  )
+  if axes or not layout.explicit:
+    return run
+  is_spec = lambda x: isinstance(x, PartitionSpec)
+  split = lambda spec, part: jax.tree.map(lambda x: jax.sharding.reshard(x, spec), part)
+  specs = lambda args: (inputs,) * len(args) if is_spec(inputs) else inputs
+  return lambda *args: run(*jax.tree.map(split, specs(args), args, is_leaf=is_spec))
+
+
+def einsum(
+  equation: str, *operands: jax.Array, like: jax.Array | None = None, **options: Any
+) -> jax.Array:
+  """As jax.numpy's. The result is split as `like` is, or else each dimension as the first operand
+  that splits it; what is summed over is added up.
+  """
+  layout = _active.get()
+  if layout is None or not layout.explicit:
+    return jnp.einsum(equation, *operands, **options)
+  inputs, out = equation.split("->")
+  split: dict[str, tuple[str, ...]] = {}
+  given = zip(inputs.split(","), operands) if like is None else [(out, like)]
+  for letters, x in given:
+    for letter, entry in zip(letters, jax.typeof(x).sharding.spec):
+      split[letter] = split.get(letter) or names_of(entry)
+  spec = PartitionSpec(*(entry_of(split[letter]) for letter in out))
+  return jnp.einsum(equation, *operands, out_sharding=spec, **options)
 
 
 def joined(x: jax.Array) -> jax.Array:

@@ -363,6 +363,13 @@ BROKEN = [
     "layers goes to []; with stage 2 it must go to [stage]",
     ways(stage=1),
   ),
+  # what types of arrays cannot say
+  (f"shard_mode=explicit {ways(stage=2)}", "explicit: one program of all stages", ways(stage=1)),
+  (
+    f"shard_mode=explicit {DELTA} {ways(context=2)} context_parallel_load_balance=false",
+    "explicit: what delta nets and multi-token prediction take from neighbours in a split length",
+    "shard_mode=auto",
+  ),
   # what is not there yet, or does nothing
   (ways(diloco=2), "parallelism over 'diloco' is not there yet; use 1", ways(diloco=1)),
   (

@@ -137,6 +137,26 @@ def test_a_layout_changes_no_number(layout, model):
   assert parameters < 1e-4  # 1 % of what five steps move them at most
 
 
+@pytest.mark.parametrize(
+  ("layout", "model", "parts"),
+  [
+    ("megatron_sp", "gqa", 2),
+    *(
+      pytest.param(layout, model, 1, marks=pytest.mark.slow)
+      for layout in LAYOUTS
+      for model in MODELS
+      if model != "linear" or "context" not in layout
+    ),
+  ],
+)
+def test_nor_does_it_where_types_say_how_arrays_are_split(layout, model, parts):
+  mesh = (*LAYOUTS[layout], "shard_mode=explicit")
+  found = trained(mesh, MODELS[model], ROWS, LENGTH, parts)
+  loss, parameters = apart(found, run(None, model, parts=parts))
+  print(f"{layout}, explicit | {model} | {loss:.1e} | {parameters:.1e}")
+  assert loss < 1e-5 and parameters < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "length", "parts"), [(8, 8, 1), (16, 128, 2), (64, 16, 1)])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "8" not in name])

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from maxtext.errors import ConfigError
 from maxtext.kernels.held import BLOCK, Held
-from maxtext.sharding import SLOTS, Layout, active, constrain
+from maxtext.sharding import SLOTS, Layout, active, by_device, constrain
 from maxtext.specs import CacheQuantSpec
 
 _CODES = {  # format -> how it is stored, and its greatest number
@@ -227,21 +227,18 @@ class Slab:
 
   def _by_part(self, put: Any, whole: jax.Array, new: jax.Array, indices: jax.Array) -> jax.Array:
     """put(whole, new, indices), by each device in those of its slots that the last index names."""
-    if not (axes := self._split):
+    layout, axes = active(), self._split
+    if layout is None or not (axes or layout.explicit):
       return put(whole, new, indices)
 
     def own(whole: jax.Array, new: jax.Array, indices: jax.Array) -> jax.Array:
-      first = lax.axis_index(axes) * whole.shape[self._axis(1)]
+      first = lax.axis_index(axes) * whole.shape[self._axis(1)] if axes else 0
       return put(whole, new, indices.at[..., -1].add(-first))
 
-    layout, names = active(), self._names(whole)
-    assert layout is not None
-    place = layout.sharding(names, whole.shape).spec
+    place = layout.sharding(self._names(whole), whole.shape).spec
     rows, *more = (place[self._axis(i)] for i in (0, *(i for i in self.order if i > 1)))
     parts = (place, PartitionSpec(rows, None, *more), PartitionSpec(rows))
-    return jax.shard_map(own, mesh=layout.mesh, in_specs=parts, out_specs=place, check_vma=False)(
-      whole, new, indices
-    )
+    return by_device(own, parts, place)(whole, new, indices)
 
 
 def _shared(quant: CacheQuantSpec) -> tuple[int, ...]:

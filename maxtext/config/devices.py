@@ -71,12 +71,35 @@ def on_devices(config: Config, devices: int) -> Iterator[Problem]:
     per_device = evaluation.eval_per_device_batch_size
     yield from _batch("eval_per_device_batch_size", per_device, devices, ways)
   yield from _length(config, sizes)
+  yield from _typed(config, sizes)
   yield from _split(config, sizes)
   yield from _collisions(config, sizes)
   yield from stages.on_stages(config, sizes, devices)
   if config.mesh.ways(LENGTH, sizes) > 1:
     yield from unordered(config)
     yield from _attended(config, sizes)
+
+
+def _typed(config: Config, sizes: Mapping[str, int]) -> Iterator[Problem]:
+  """What JAX's types of arrays cannot say of a layout; whatever the devices are, of one's own."""
+  if config.mesh.shard_mode != "explicit":
+    return
+  remedy = "is beyond JAX's types of arrays; use shard_mode=auto"
+  dropped = config.training.enable_dropout and any(
+    b.attention and b.attention.dropout for b in config.blocks or ()
+  )
+  if dropped:
+    problem = "dropout of attention's weights, which every device would draw alike,"
+    yield "shard_mode", f"explicit: {problem} {remedy}", "enable_dropout"
+  if config.optimizer.optimizer_memory_host_offload:
+    problem = "a state that moves between the hosts' memory and the devices'"
+    yield "shard_mode", f"explicit: {problem} {remedy}", "optimizer_memory_host_offload"
+  if sizes.get("stage", 1) > 1:
+    yield "shard_mode", f"explicit: one program of all stages {remedy}", *config.mesh.keys("stage")
+  moves = config.architecture.mtp_num_layers or any(b.delta for b in config.blocks or ())
+  if moves and config.mesh.ways(LENGTH, sizes) > 1:
+    problem = "what delta nets and multi-token prediction take from neighbours in a split length"
+    yield "shard_mode", f"explicit: {problem} {remedy}"
 
 
 def unordered(config: Config) -> Iterator[Problem]:

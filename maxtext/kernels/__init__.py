@@ -16,7 +16,7 @@ from maxtext.kernels.context import attend_split
 from maxtext.kernels.held import Held, dense
 from maxtext.kernels.options import Blocks as Blocks
 from maxtext.kernels.options import Options
-from maxtext.kernels.split import is_split
+from maxtext.kernels.split import Split, by_parts, is_split
 from maxtext.log import log
 from maxtext.masks import Mask
 
@@ -110,7 +110,7 @@ def attend(
     raise ConfigError("attention", f"{name!r} is not a kernel{closest(name, _kernels)} ({known})")
   apart = options.context is not None and is_split(sharding.LENGTH)
   in_parts = mask.cached and is_split(sharding.SLOTS)
-  if apart or in_parts or name not in _reads_held:
+  if apart or in_parts or by_parts() or name not in _reads_held:
     k, v = dense(k), dense(v)
   case: Any = (q, k, v, mask.marked(), scores, sink, seed if scores.dropout else None)
   if apart:
@@ -123,7 +123,15 @@ def attend(
   if why := unfit(*case):
     raise ConfigError("attention", f"{name!r} cannot serve this layer: {why}; use 'autoselected'")
   tuning: dict[str, Any] = {"blocks": options.blocks} if name in _tuned else {}
-  return kernel(*case, **tuning)
+  if not by_parts() or name in FAST.get(sharding.platform(), ()):  # which see to it themselves
+    return kernel(*case, **tuning)
+  split = Split.of(*case[:2])
+  assert split is not None
+  why = "dropout would be drawn for each part anew" if case[-1] is not None else split.crossed
+  if why:
+    raise ConfigError("shard_mode", f"'explicit' cannot serve this layer's attention: {why}")
+  part = lambda q, k, v, mask, sink: kernel(q, k, v, mask, scores, sink)
+  return split.run(part, q, dense(k), dense(v), case[3], sink)
 
 
 def _choose(q: jax.Array, k: jax.Array, *rest: Any) -> str:

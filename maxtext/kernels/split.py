@@ -18,6 +18,11 @@ def is_split(axis: str) -> bool:
   return (layout := _whole()) is not None and layout.ways(axis) > 1
 
 
+def by_parts() -> bool:
+  """Whether kernels are given each device's part: types of JAX do not know what kernels do."""
+  return (layout := _whole()) is not None and layout.explicit
+
+
 def _whole() -> sharding.Layout | None:
   """The layout of arrays over several devices, where this is not yet a device's part."""
   layout, manual = sharding.active(), jax.sharding.get_abstract_mesh().manual_axes
@@ -88,10 +93,6 @@ class Split:
     marks: dict[str, Any] = {
       f"{s}_{m}": PartitionSpec(*sides[s][:2]) for s in sides for m in ("pos", "seg", "span")
     }
-    return jax.shard_map(
-      kernel,
-      mesh=self.mesh,
-      in_specs=(self.q, self.kv, self.kv, dataclasses.replace(mask, **marks), heads),
-      out_specs=self.q,
-      check_vma=False,  # neither Pallas calls nor loops that start from constants pass the check
+    return sharding.by_device(
+      kernel, (self.q, self.kv, self.kv, dataclasses.replace(mask, **marks), heads), self.q
     )(q, k, v, mask, sink)

@@ -35,7 +35,8 @@ class Ahead(Block):
     """x [b t d] of each token, embeddings [b t d] of later ones -> what the next such block takes
     as x, and what is unembedded, [b t d] each; and what experts say of their routing.
     """
-    both = jnp.concatenate([self.token_norm(tokens), self.hidden_norm(x)], axis=-1)
-    y = constrain(self.joint(joined(both)), *STREAM)
+    parts = self.token_norm(tokens), self.hidden_norm(x)
+    both = jnp.concatenate([*map(joined, parts)], axis=-1)
+    y = constrain(self.joint(both), *STREAM)
     y, _, routed = self(y, mask, None, key)
     return y, joined(self.head_norm(y)), routed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -9,15 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from maxtext.caches import StateCache
 from maxtext.errors import ConfigError
 from maxtext.kernels import OUT
 from maxtext.kernels.delta_rule import Inputs, delta_rule
+from maxtext.kernels.split import by_parts
 from maxtext.layers.norms import make_norm
 from maxtext.layers.params import Compute, Dense, param
 from maxtext.masks import Mask
-from maxtext.sharding import constrain
+from maxtext.sharding import active, by_device, constrain, entry_of
 from maxtext.specs import DeltaSpec, NormSpec
 
 HEADS = ("activation_batch", None, "activation_kv_heads", None)  # all of a row: it goes in order
@@ -89,7 +92,7 @@ class DeltaNet(nnx.Module):
     inputs = jnp.concatenate([before.astype(mixed.dtype), mixed], axis=1)
     run = jnp.cumsum(starts, axis=1)
     tokens = self._inputs(x, self._convolved(inputs, run), real, starts)
-    y, state = delta_rule(tokens, constrain(state, *STATE), self.compute.matmul_precision)
+    y, state = self._rule(tokens, constrain(state, *STATE))
     if cache is not None:
       cache = cache.keep(state, *_kept(inputs, run, segments, last))
     y = jnp.where(real[..., None, None, None], y, 0.0)
@@ -98,6 +101,18 @@ class DeltaNet(nnx.Module):
     y = y.astype(x.dtype).reshape(b, t, spec.value_heads, spec.value_dim)
     y = constrain(y, "activation_batch", None, "activation_heads", "activation_kv")
     return checkpoint_name(self.out(y), "out_proj"), cache
+
+  def _rule(self, tokens: Inputs, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rule = functools.partial(delta_rule, precision=self.compute.matmul_precision)
+    if not by_parts():
+      return rule(tokens, state)
+    layout = active()
+    rows, heads = (entry_of(layout.splits(name)) for name in STATE[:2])
+    place = lambda x: PartitionSpec(*(rows, None, heads)[: x.ndim])
+    own = PartitionSpec(rows, heads)
+    return by_device(rule, (jax.tree.map(place, tokens), own), (place(tokens.keys), own))(
+      tokens, state
+    )
 
   def _before(self, rows: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What a cache holds before any token."""

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxtext.kernels.held import dense
-from maxtext.layers.grouped import C, GroupedAttention, Names, check_projection
+from maxtext.layers.grouped import PLAIN, C, GroupedAttention, Names, check_projection
 from maxtext.layers.norms import make_norm
 from maxtext.layers.params import Compute, Dense, DenseInitializer, contract
 from maxtext.masks import Mask
+from maxtext.sharding import constrain
 from maxtext.specs import AttentionSpec
 
 
@@ -89,7 +90,7 @@ class LatentAttention(GroupedAttention):
     """latent [b s 1 r], rotated shared key [b s 1 k] -> keys [b s h k] and values [b s h v]."""
     both = self.wkv_b(latent[:, :, 0])
     own, values = jnp.split(both, [self.spec.latent.nope_dim], axis=-1)
-    shared = jnp.broadcast_to(shared, (*own.shape[:3], shared.shape[-1]))
+    shared = constrain(jnp.broadcast_to(shared, (*own.shape[:3], shared.shape[-1])), *PLAIN.key)
     return jnp.concatenate([own, shared], axis=-1), values
 
   def _placed(self, names: Names) -> Names:

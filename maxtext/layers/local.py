@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +60,7 @@ def _run(work: Work, tokens: Arrays, params: Arrays) -> Arrays:
       return place.added(work.function(tokens, place.joined(params)), work.outputs)
 
   inputs = tuple(map(place.tokens, work.inputs))
-  return place.map(one, (inputs, place.params), tuple(map(place.tokens, work.outputs)))(
+  return sharding.by_device(one, (inputs, place.params), tuple(map(place.tokens, work.outputs)))(
     tokens, params
   )
 
@@ -94,7 +93,7 @@ def _backward(work: Work, saved: tuple[Arrays, Arrays], g: Arrays):
 
   if place is not None:
     spots = tuple(map(place.tokens, work.inputs))
-    one = place.map(
+    one = sharding.by_device(
       one,
       (spots, place.params, tuple(map(place.tokens, work.outputs))),
       (tuple(map(place.tokens, axes)), place.params),
@@ -117,7 +116,6 @@ class _Place:
   is gathered, by dimension.
   """
 
-  layout: sharding.Layout
   rows: tuple[str, ...]
   second: tuple[str, ...]
   wide: tuple[str, ...]
@@ -142,18 +140,12 @@ class _Place:
       more = [tuple(m for m in _over(layout, name) if m in tokens) for name in axes]
       new.append(tuple(more))
       specs.append(PartitionSpec(*(old + add or None for old, add in zip(kept, more))))
-    return cls(layout, rows, second, wide, work.peers, tuple(specs), tuple(new))
+    return cls(rows, second, wide, work.peers, tuple(specs), tuple(new))
 
   def tokens(self, axes: Axes) -> PartitionSpec:
     """Of an array over tokens with these axes after [b t]."""
     rest = (self.wide or None if name in WIDE.values() else None for name in axes)
     return PartitionSpec(self.rows or None, self.second or None, *rest)
-
-  def map(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
-    # neither Pallas calls nor loops that start from constants pass the check
-    return jax.shard_map(
-      function, mesh=self.layout.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
-    )
 
   def added(self, arrays: Arrays, axes: Sequence[Axes]) -> Arrays:
     """The sums of those arrays that are not split, over what else is."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maxtext import collectives, kernels
+from maxtext import collectives, kernels, sharding
 from maxtext.layers.sections import Experts
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -93,7 +93,9 @@ def contract(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _dot(equation, axes, precision, x, w):
-  return jnp.einsum(equation, x, collectives.gather(w.astype(x.dtype), axes), precision=precision)
+  return sharding.einsum(
+    equation, x, collectives.gather(w.astype(x.dtype), axes), precision=precision
+  )
 
 
 def _dot_forward(equation, axes, precision, x, w):
@@ -104,11 +106,11 @@ def _dot_backward(equation, axes, precision, saved, g):
   x, w = saved
   inputs, out = equation.split("->")
   a, b = inputs.split(",")
-  dx = jnp.einsum(
-    f"{out},{b}->{a}", g, collectives.gather(w.astype(x.dtype), axes), precision=precision
+  dx = sharding.einsum(
+    f"{out},{b}->{a}", g, collectives.gather(w.astype(x.dtype), axes), precision=precision, like=x
   )
   product = functools.partial(
-    jnp.einsum, f"{a},{out}->{b}", precision=precision, preferred_element_type=jnp.float32
+    sharding.einsum, f"{a},{out}->{b}", precision=precision, preferred_element_type=jnp.float32
   )
   dw = collectives.scatter(collectives.partial(product, axes, x, g), axes)
   return dx, dw.astype(w.dtype)
@@ -172,4 +174,6 @@ class Dense(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """x -> the equation's output (+ bias), in the dtype of x."""
     y = dot(self.equation, x, self.kernel, self.compute)
-    return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+    if self.bias is None:
+      return y
+    return y + collectives.whole(self.bias[...].astype(y.dtype), self.bias.get_metadata()["axes"])

@@ -67,13 +67,13 @@ def _forward(head: Head, x: jax.Array, w: jax.Array, targets: jax.Array, weights
   a, b, out = head.equation.replace("->", ",").split(",")
 
   product = functools.partial(
-    jnp.einsum, f"{a},{out}->{b}", precision=head.precision, preferred_element_type=jnp.float32
+    sharding.einsum, f"{a},{out}->{b}", precision=head.precision, preferred_element_type=jnp.float32
   )
 
   def tile(carry: tuple[Sums, jax.Array], part: tuple):
     sums, shares = carry
     new, dlogits = _tile(head, used, *part)
-    dx = jnp.einsum(f"{out},{b}->{a}", dlogits, used, precision=head.precision)
+    dx = sharding.einsum(f"{out},{b}->{a}", dlogits, used, precision=head.precision, like=part[0])
     more = collectives.partial(product, head.axes, part[0], dlogits)
     return (_add(sums, new), shares + more), dx
 
@@ -95,7 +95,7 @@ def _tile(
   head: Head, w: jax.Array, x: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[Sums, jax.Array]:
   """The sums over one tile, and its loss's gradient by its plain logits in the dtype of x."""
-  logits = jnp.einsum(
+  logits = sharding.einsum(
     head.equation, x, w, precision=head.precision, preferred_element_type=jnp.float32
   )
   logits = sharding.constrain(logits, "activation_batch", "activation_length", "activation_vocab")

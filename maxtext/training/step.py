@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from maxtext import sharding
 from maxtext.training.guardian import Guard, passed
 from maxtext.training.state import Params, State
 
@@ -46,7 +47,7 @@ class Rules:
   seed: int = 0
   mixtures: Mapping[str, range] = dataclasses.field(default_factory=dict)
   bias_rate: float = 0.0
-  places: Mapping[str, jax.sharding.Sharding] = dataclasses.field(default_factory=dict)
+  places: Mapping[str, jax.sharding.NamedSharding] = dataclasses.field(default_factory=dict)
   near: Callable[[Any], Any] = _as_it_is
   far: Callable[[Any], Any] = _as_it_is
 
@@ -109,23 +110,21 @@ def make_step(
 def _descend(
   optimizer: optax.GradientTransformation,
   scale: jax.Array,
-  places: Mapping[str, jax.sharding.Sharding],
+  places: Mapping[str, jax.sharding.NamedSharding],
   state: State,
   grads: Params,
 ) -> State:
   """The next state, from gradients that are still to be multiplied by `scale`."""
+  params = state.params
   if places:
-    grads, params = (
-      jax.lax.with_sharding_constraint(tree, {name: places[name] for name in tree})
-      for tree in (grads, state.params)
-    )
-    state = dataclasses.replace(state, params=params)
+    placed = lambda tree: {name: sharding.place(x, places[name].spec) for name, x in tree.items()}
+    grads, params = placed(grads), placed(params)
   grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  updates, opt_state = optimizer.update(grads, state.opt_state, params)
+  params = optax.apply_updates(params, updates)
   new = State(state.step + 1, params, opt_state, state.history)
   # in the dtype that the state has: optimizers compute in that of the gradients
-  return jax.tree.map(lambda a, b: a.astype(b.dtype), new, state)
+  return jax.tree.map(sharding.alike, new, state)
 
 
 def _biases(rules: Rules, params: Params, loads: dict[str, jax.Array]) -> Params:
@@ -169,7 +168,7 @@ def _gradients(
     return one(batch, 0)
   parts = {name: _split(x, rules.accumulate) for name, x in batch.items()}
   shapes = jax.eval_shape(one, {name: x[0] for name, x in parts.items()}, 0)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  zeros = jax.tree.map(jnp.zeros_like, shapes)
 
   def more(carry: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
     return jax.tree.map(jnp.add, carry, one(*part)), None

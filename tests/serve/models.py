@@ -84,7 +84,7 @@ def _one_pass(name):
 
 
 @functools.cache
-def build(name, scan=True, policy="none", **sizes):
+def build(name, scan=True, policy="none", mode="auto", **sizes):
   memory = Memory(scan_layers=scan, remat_policy=policy, num_vocab_tiling=1)
   spec, split = SPECS[name], "context_autoregressive" in sizes
   compute = Compute(kernel="autoselected" if split else "dot_product")
@@ -92,7 +92,8 @@ def build(name, scan=True, policy="none", **sizes):
   shape = [sizes.get(axis, 1) for axis in AXES]
   devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
   rules = {k: tuple(v) for k, v in DEFAULTS.mesh.logical_axis_rules.items()}
-  mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  kind = AxisType.Explicit if mode == "explicit" else AxisType.Auto
+  mesh = Mesh(devices, AXES, axis_types=(kind,) * len(AXES))
   layout = sharding.Layout(mesh, sharding.Rules(rules))
   random = np.random.default_rng(len(name))
   drawn = {path: _draw(random, path, p.shape) for path, p in sorted(plan.declared.items())}

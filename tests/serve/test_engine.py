@@ -62,6 +62,7 @@ def test_what_a_row_gets_does_not_depend_on_its_batch(model, engine):
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"context": 4, "tensor": 2},
     SPLIT,
+    pytest.param(SPLIT | {"mode": "explicit"}, marks=pytest.mark.slow),
   ],
   ids=str,
 )
