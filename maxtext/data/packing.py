@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,16 @@ def _draws(source: Mixture, data: Data, passes: Passes) -> Draws:
   ]
   weights = None if source.schedules is None else source.weights
   return Draws(feeds, weights, Budget(data.data_errors, len(source)))
+
+
+def every_document(source: Tokens | Noise | Mixture, data: Data) -> Iterator[np.ndarray]:
+  """The ids of all documents, in the order they stand in. Raises DataError."""
+  if isinstance(source, Tokens):
+    yield from (source.ids[a:b] for a, b in zip(source.starts, source.starts[1:]))
+  elif isinstance(source, Mixture):
+    draws = _draws(dataclasses.replace(source, schedules=None), data, Passes(None, 1))
+    while document := draws.next(0):
+      yield document.read()
 
 
 def _packer(data: Data, seed: int | None) -> plans.Packer:

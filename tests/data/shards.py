@@ -12,6 +12,7 @@ from maxtext.data.corpus import open_corpus
 from maxtext.data.pipeline import train_batches
 from tests.data.cases import section
 
+PAGES = {"write_page_checksum": True, "write_statistics": False, "compression": "NONE"}
 KINDS = ("arrayrecord", "tfds", "parquet", "arrow", "jsonl", "text")
 
 
@@ -50,7 +51,7 @@ def write(folder, kind, shards):
     else:
       table = pyarrow.table({"text": shard, "n": list(range(len(shard)))})
       if kind == "parquet":
-        parquet.write_table(table, path, row_group_size=7, write_page_checksum=True)
+        parquet.write_table(table, path, row_group_size=7, **PAGES)
       else:
         with pyarrow.ipc.new_stream(str(path), table.schema) as stream:
           stream.write_table(table, max_chunksize=5)
