@@ -54,6 +54,12 @@ class Diverged(UserError):
   exit_code = 5
 
 
+class Corrupt(UserError):
+  """The same computation had two results: a machine that is not to be trusted."""
+
+  exit_code = 6
+
+
 class Restart(UserError):
   """Nothing is wrong with the run itself: start it again, and it continues."""
 

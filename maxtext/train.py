@@ -19,7 +19,7 @@ run_name are one run.
   python -m maxtext.explain KEY CONFIG.yml ...     what a key means, its value and where it comes
   from
 Ends with 0: finished, or saved on SIGTERM; 2: configuration; 3: data; 4: checkpoint; 5: diverged;
-75: start again."""
+6: a device computes wrongly; 75: start again."""
 
 
 def main(argv: list[str]) -> int:

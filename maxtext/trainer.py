@@ -47,6 +47,7 @@ from maxtext.training.progress import Progress
 from maxtext.training.state import Params, State, from_tree, tree
 from maxtext.training.step import Batch
 from maxtext.training.stragglers import Stragglers
+from maxtext.training.twice import Twice
 from maxtext.training.watchdog import Watchdog
 
 
@@ -201,6 +202,8 @@ class Run:
       self.save(span.start, state)
     if stop(span.start):
       span = range(span.start, span.start)
+    if (period := self.config.training.determinism_check_period) > 0:
+      step = Twice(step, period, span.start, self.program.shardings)
     columns = self.placed(self.incidents.seeing(self.batches, span.start), self.rows)
     end = loop(step, state, columns, span, self._reporter(), hooks, stop, self.phases)
     stopped = stop(end.finished)

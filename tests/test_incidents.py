@@ -23,6 +23,7 @@ from maxtext.training.state import tree
 
 STEPS, ROWS, LENGTH = 14, 8, 32
 BAD = (7, 9, 12)  # batches whose loss is not a number
+OTHERS = ("step-7-batch-7", "step-5-batch-12")
 CONFIG = f"""
 run_name: r
 dataset_type: synthetic
@@ -143,8 +144,9 @@ def test_a_run_that_goes_back_is_one_without_the_batches_that_it_passed(whole, b
   assert [json.loads(line)["step"] for line in lines] == list(range(STEPS))
 
 
+@pytest.mark.parametrize("counts", [(2,), pytest.param((1, 2, 3), marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_wherever_it_goes_back_ends_with_the_same_bits(
-  whole, built, tmp_path, monkeypatch
+  whole, built, tmp_path, monkeypatch, counts
 ):
   """Once the record is there, once later checkpoints are gone, and once the data has moved."""
   dead = set()
@@ -155,7 +157,7 @@ def test_a_run_that_is_killed_wherever_it_goes_back_ends_with_the_same_bits(
     def mortal(self, *arguments):
       result = act(self, *arguments)
       stage = name, *self._read().__dict__.values()
-      if self._read().count and stage not in dead and arguments[:1] != (None,):
+      if self._read().count in counts and stage not in dead and arguments[:1] != (None,):
         dead.add(stage)
         raise Killed
       return result
@@ -168,7 +170,7 @@ def test_a_run_that_is_killed_wherever_it_goes_back_ends_with_the_same_bits(
   while code is None:
     with contextlib.suppress(Killed):
       code = train(tmp_path, built)
-  assert len(dead) >= 9
+  assert len(dead) >= 3 * len(counts)
   equal(arrays(tmp_path, built), arrays(whole, built))
   assert incident(tmp_path, "step-5-batch-12") == incident(whole, "step-5-batch-12")
 
@@ -176,12 +178,13 @@ def test_a_run_that_is_killed_wherever_it_goes_back_ends_with_the_same_bits(
 def test_a_run_goes_back_as_often_as_it_may(built, tmp_path):
   with pytest.raises(Diverged, match="step 7: loss nan.*step-7-batch-9.json"):
     train(tmp_path, built, rollback_limit=1)
-  with pytest.raises(Diverged, match="step-7-batch-9.json"):  # and not more often when started anew
-    train(tmp_path, built, rollback_limit=1)
   assert incident(tmp_path, "step-7-batch-9")["verdict"] == "stopped"
 
 
-@pytest.mark.parametrize("name", ["step-7-batch-7", "step-7-batch-9", "step-5-batch-12"])
+@pytest.mark.parametrize(
+  "name",
+  ["step-7-batch-9", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)],
+)
 def test_an_incident_is_replayed_bit_by_bit(whole, built, name, monkeypatch):
   monkeypatch.setattr(program, "build", lambda *_: built)
   found = incident(whole, name)

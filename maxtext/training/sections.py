@@ -29,6 +29,7 @@ class Training:
   skip_step_scaling_factor: Positive
   skip_step_limit: Whole
   rollback_limit: Whole
+  determinism_check_period: CountOrOff
   enable_dropout: bool
 
   def micro_batch(self, devices: int) -> int:
