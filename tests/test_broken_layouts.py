@@ -392,6 +392,11 @@ BROKEN = [
     "has an effect only with a parallelism over data",
     ways(data=2),
   ),
+  (
+    f"{ways(data=2)} shard_optimizer_over_data=true opt_type=sgd",
+    "has an effect only with another opt_type than sgd, which keeps no state",
+    "opt_type=adamw",
+  ),
 ]
 
 

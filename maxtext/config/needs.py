@@ -312,6 +312,12 @@ NEEDS = (
     ),
   ),
   Need(
+    ("shard_optimizer_over_data", "optimizer_memory_host_offload"),
+    "another opt_type than sgd, which keeps no state",
+    "opt_type",
+    lambda c: c.optimizer.opt_type != "sgd",
+  ),
+  Need(
     ("shard_optimizer_over_data",),
     "a parallelism over data",
     "ici_data_parallelism",
