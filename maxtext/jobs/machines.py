@@ -86,8 +86,10 @@ def find(name: str, key: str = "launch_machine") -> Machine:
   each = min(chips, 4)
   label = {**TORI, **PLANES}[kind][0]
   devices = chips * (2 if kind == "tpu7x" else 1)
-  prefix = "v5litepod" if kind == "v5e" else kind
-  return Machine(name, label, chips // each, each, devices, topology, f"{prefix}-{size}")
+  xpk = f"{'v5litepod' if kind == 'v5e' else kind}-{size}"
+  if kind == "v5e" and chips < 8:  # which it does not know
+    xpk = ""
+  return Machine(name, label, chips // each, each, devices, topology, xpk)
 
 
 def _nodes(name: str, kind: str, count: int, key: str) -> Machine:
