@@ -17,6 +17,7 @@ import yaml
 
 from maxtext import config
 from maxtext.config import Config, check_devices
+from maxtext.config.checks import idle
 from maxtext.config.complaints import COMMAND_LINE as TYPED
 from maxtext.config.complaints import Complaint, lines
 from maxtext.config.documents import PACKAGED
@@ -99,8 +100,8 @@ def complaints(loaded: Config) -> Iterator[Complaint]:
   """What the target needs and has not, what it does not read, what a container would lose."""
   launch, target = loaded.launch, loaded.launch.launch_target
   for key, section in SECTION_OF.items():
-    idle = section == "launch" and key not in EVERYWHERE | READ[target]
-    if idle and loaded.sources[key].level == COMMAND_LINE:
+    unread = section == "launch" and key not in EVERYWHERE | READ[target]
+    if unread and loaded.sources[key].level == COMMAND_LINE:
       yield _at(loaded, key, f"has no effect with launch_target={target}; leave it away")
     elif key in PLACE and loaded.differs(key):
       yield _at(loaded, key, "is given to each process as it is started; leave it away")
@@ -134,7 +135,7 @@ def _here(loaded: Config) -> int:
   if count > 1 and hardware not in ("auto", "cpu"):
     problem = f"{count} of them on one machine share its CPU; set hardware=cpu, or leave it away"
     raise ConfigError("processes", problem)
-  words = _words(loaded, {"hardware": "cpu"} if count > 1 else {})
+  words = words_of(loaded, {"hardware": "cpu"} if count > 1 else {})
   own = local.environments(count)
   config.load(words, {**os.environ, **own[0]})  # whether devices, files and folders are there
   path = _file(loaded.launch, loaded.run.run_name)
@@ -162,22 +163,23 @@ def _job(loaded: Config) -> Job:
   if launch.launch_target != "docker" and not loaded.sources["exit_code_when_stopped"].level:
     forced["exit_code_when_stopped"] = AGAIN
   folder = f"{run.base_output_directory}/{run.run_name}"
-  return Job(run.run_name, folder, _words(loaded, forced), launch, machine, slices)
+  return Job(run.run_name, folder, words_of(loaded, forced), launch, machine, slices)
 
 
-def _words(loaded: Config, forced: Mapping[str, Any]) -> tuple[str, ...]:
+def words_of(loaded: Config, forced: Mapping[str, Any]) -> tuple[str, ...]:
   """The configuration as `train` is given it on its command line: what was set, without presets,
-  which are everywhere; held to mean there what it means here.
+  which are everywhere, and without what has no effect; held to mean there what it means here.
   """
+  left = idle(loaded) | {key for key, section in SECTION_OF.items() if section == "launch"}
   values: dict[str, Any] = {}
   for key, source in loaded.sources.items():
-    if source.level > PRESET and SECTION_OF[key] != "launch":
+    if source.level > PRESET and key not in left:
       values[key] = loaded.values[key]
   values |= {"run_name": loaded.run.run_name, **forced}
   words = tuple(f"{k}={v if takes_text(hint_of(k)) else render(v)}" for k, v in values.items())
   again = config.load(words, {}, purpose="launch").values
   for key, value in {**loaded.values, **forced}.items():
-    if again[key] != value and SECTION_OF[key] != "launch":
+    if again[key] != value and key not in left:
       problem = f"{render(value)} cannot be passed on by a command line; write it otherwise"
       raise ConfigError(key, problem)
   return words

@@ -13,6 +13,7 @@ import yaml
 
 from end_to_end import launch as local_runs
 from maxtext import config, launch
+from maxtext.config.documents import PACKAGED
 from maxtext.errors import ConfigError
 
 TINY = "tiny.yml"
@@ -125,6 +126,18 @@ def test_the_run_there_has_the_configuration_that_was_checked_here(place, target
   for key, value in expected.items():
     assert there[key] == value or key.startswith("launch_"), key
   assert there["learning_rate"] == 1e-5 and there["prompt"].startswith("line\nand")
+
+
+@pytest.mark.parametrize("name", ["quickstart.yml", "recipe.yml"])
+def test_what_waits_in_a_file_for_another_key_is_left_out(place, name):
+  """Such keys are refused on a command line, which a run there has instead of the file."""
+  Path("recipe.yml").write_text("decoder_block: mixtral\nload_balance_loss_weight: 0.01\n")
+  file = name if name == "recipe.yml" else str(PACKAGED / name)
+  off = ("eval_interval=-1", "opt_type=sgd", "decoder_block=llama2", "lr_schedule_type=constant")
+  assert launch.main([file, *GKE, *off, "per_device_batch_size=1"]) == 0
+  words = words_of(written(place))
+  assert "eval_interval=-1" in words and not any("load_balance" in word for word in words)
+  config.load(words, {}, purpose="launch")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from end_to_end.readme import PAGES, ROOT, blocks
 from maxtext import config
 from maxtext.config.sections import SECTION_OF
-from maxtext.launch import complaints
+from maxtext.launch import complaints, words_of
 
 PROGRAMS = {"printf", "source", "tensorboard", "wait", ".venv/bin/ruff", ".venv/bin/mypy"}
 
@@ -37,7 +37,7 @@ def test_a_documented_train_command_is_a_right_configuration(arguments, monkeypa
 def test_a_documented_launch_is_a_right_configuration(arguments, monkeypatch):
   monkeypatch.chdir(ROOT)
   loaded = config.load(arguments, {}, purpose="launch")
-  assert not list(complaints(loaded))
+  assert not list(complaints(loaded)) and words_of(loaded, {})
 
 
 @pytest.mark.parametrize("arguments", programs_arguments("decode"), ids=" ".join)

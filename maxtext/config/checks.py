@@ -94,8 +94,8 @@ def _unused(config: Config) -> Iterator[Problem]:
         f"decoder block {shown(config.block.name)} does not use it; leave it away",
         "decoder_block",
       )
-  idle = config.block.uses - ELSEWHERE - in_effect(config.block, config.architecture)
-  for key in filter(idle.__contains__, given):
+  unread = _unread(config)
+  for key in filter(unread.__contains__, given):
     if not any(_rests(config, key, decider) for decider in DECIDERS):
       others = [each for each in DECIDERS[:-1] if each in given]
       yield key, "none of this model's layers uses it; leave it away", *others
@@ -105,6 +105,16 @@ def _unused(config: Config) -> Iterator[Problem]:
         if not _rests(config, key, need.decider):
           problem = f"has an effect only with {need.words}; set that, or leave {key} away"
           yield key, problem, need.decider
+
+
+def _unread(config: Config) -> set[str]:
+  """The architecture keys of the block file that none of its blocks in use needs."""
+  return config.block.uses - ELSEWHERE - in_effect(config.block, config.architecture)
+
+
+def idle(config: Config) -> set[str]:
+  """The keys that have no effect in this run, and may wait in a file for another."""
+  return _unread(config).union(*(need.keys for need in NEEDS if not need.holds(config)))
 
 
 def _rests(config: Config, key: str, decider: str) -> bool:
