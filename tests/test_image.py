@@ -16,14 +16,16 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_the_image_has_all_of_the_wheel_and_nothing_else_of_the_checkout():
+def test_the_image_has_all_of_the_wheel_and_little_else_of_the_checkout():
   wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
   own = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE"}
-  assert {file for file in context() if not file.startswith(tuple(wheel))} == own
+  assert {file for file in context() if not file.startswith((*wheel, "scripts/"))} == own
   assert all(any(file.startswith(part) for file in context()) for part in wheel)
 
 
-@pytest.mark.parametrize("file", [".env", ".git/config", "runs/a/config.yml", "key.json", "x/.env"])
+@pytest.mark.parametrize(
+  "file", [".env", ".git/config", "runs/a/config.yml", "key.json", "x/.env", "scripts/.env"]
+)
 def test_what_may_be_secret_does_not_get_into_the_image(file):
   assert not passes(file, (ROOT / ".dockerignore").read_text().splitlines())
 

@@ -228,6 +228,18 @@ spec:
   assert sidecar == {"name": "sidecar", "image": "s:1"}
 
 
+def test_the_documented_overlay_is_one_and_gives_what_it_says(place):
+  page = (PACKAGED.parent / "docs" / "launch.md").read_text()
+  Path("mine.yml").write_text(page.split("```yaml\n")[1].split("```")[0])
+  assert launch.main([TINY, *GKE, "launch_overlay=mine.yml"]) == 0
+  run, deployment, _ = yaml.safe_load_all(written(place))
+  pod = run["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  accounts = {pod["serviceAccountName"]}
+  accounts.add(deployment["spec"]["template"]["spec"]["serviceAccountName"])
+  assert accounts == {"trainer"} and pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+  assert run["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
+
+
 @pytest.mark.parametrize(
   "overlay, complaint",
   [
