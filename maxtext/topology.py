@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import shlex
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 from maxtext.bounds import Count
@@ -91,6 +91,21 @@ def parse(name: str) -> Machine:
 def kind_named(named: str) -> str | None:
   """The kind that JAX calls so."""
   return next((kind for kind, own in KINDS.items() if own.named == named), None)
+
+
+def demand(section: Compile, devices: Sequence[Any], slices: int) -> None:
+  """Refuse other devices than the configuration names, if it names any. Raises ConfigError."""
+  if not section.compile_topology:
+    return
+  machine, asked = parse(section.compile_topology), section.compile_topology_num_slices
+  named = KINDS[kind_of(machine.name)].named if machine.topology else "cpu"
+  if asked not in (None, slices):
+    raise ConfigError("compile_topology_num_slices", f"{asked}, but num_slices={slices}; use null")
+  kind = devices[0].device_kind
+  if (kind, len(devices)) != (named, machine.devices * slices):
+    wanted = f"{machine.devices * slices} x {named}"
+    problem = f"{machine.name} is {wanted}, and here are {len(devices)} x {kind}; leave it away"
+    raise ConfigError(KEY, problem)
 
 
 def prepare(machine: Machine, environ: MutableMapping[str, str]) -> None:

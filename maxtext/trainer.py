@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 
-from maxtext import estimate, hardware, hlo, hosts, placement, program, resume
+from maxtext import estimate, hardware, hlo, hosts, placement, program, resume, topology
 from maxtext import log as logs
 from maxtext.checkpoints import hub
 from maxtext.checkpoints.hub.loading import load
 from maxtext.checkpoints.hub.model import open_model
 from maxtext.checkpoints.manager import Checkpoints, preload, restore_parameters, restore_state
-from maxtext.compiled import executable
+from maxtext.compiled import executable, keep, report, reported
 from maxtext.config import Config, check_devices
 from maxtext.config.tokenizer import check_vocabulary, placed
 from maxtext.data.pipeline import (
@@ -68,6 +68,7 @@ def _train(config: Config, started: float) -> int:
   devices = program.find_devices(config.run)
   logs.start(jax.process_index(), config.run.debug)
   check_devices(config, len(devices))
+  topology.demand(config.compile, devices, config.mesh.num_slices)
   for line in config.report():
     log.info(line)
   folder = Path(config.run.base_output_directory).expanduser() / config.run.run_name
@@ -81,7 +82,7 @@ def _train(config: Config, started: float) -> int:
     _check_memory(built)
     run = Run(config, folder, built, started)
     # a save under way is finished, come what may
-    with _memory(), run.checkpoints or contextlib.nullcontext():
+    with reported(built, lambda: run.step), run.checkpoints or contextlib.nullcontext():
       return run.train()
 
 
@@ -122,6 +123,7 @@ class Run:
   metrics: Metrics
   progress: Progress
   evaluate: Evaluate | None
+  step: Any = None  # once it is compiled
 
   def __init__(self, config: Config, folder: Path, built: Program, started: float):
     self.config, self.folder, self.program, self.started = config, folder, built, started
@@ -155,7 +157,8 @@ class Run:
 
       @functools.cache
       def compiled() -> Any:
-        self._announce(step := compiling.result())
+        self.step = step = compiling.result()
+        self._announce(step)
         return step
 
       while (code := self._attempt(newest, compiled)) is None:
@@ -405,6 +408,8 @@ class Run:
     log.info(str(self.corpus))
     if self.config.mesh.debug_sharding:
       log.info(hlo.table(hlo.collectives(step.as_text(), mesh.shape)))
+    if (path := self.config.compile.report_file) and not jax.process_index():
+      keep(report.of(self.program, step, 0.0), path)
     if (tiles := self.program.objective.tiles) > 1:
       log.info(f"loss: the logits of {self.length} tokens in {tiles} parts, one after the other")
     if (pipeline := self.program.pipeline) is not None:
@@ -413,19 +418,3 @@ class Run:
       mesh.devices.flat[0].device_kind, mesh.shape, estimate.compiled_bytes(step)
     ):
       log.info(line)
-
-
-@contextlib.contextmanager
-def _memory() -> Iterator[None]:
-  """Say in a line what does not fit into memory, at whatever step of the way."""
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    first = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")[:120]
-    raise ConfigError(
-      "per_device_batch_size",
-      f"the run needs more memory than a device has ({first}); lower it or max_target_length, "
-      "take remat_policy=full, or split the model",
-    ) from error

@@ -15,7 +15,7 @@ import pytest
 
 from maxtext import compile as compiling
 from maxtext import config, hlo, program, topology
-from maxtext.compiled import executable, noting, report, words
+from maxtext.compiled import executable, noting, plot, report, reported, words
 from maxtext.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +204,41 @@ def test_a_compiled_step_is_loaded_for_what_it_was_compiled_for_and_nothing_else
   (tmp_path / "step").write_text("nothing")
   with pytest.raises(ConfigError, match="is no compiled step"):
     executable.load(path, built, lowered)
+
+
+def test_training_on_other_devices_than_those_named_is_refused():
+  section = config.load([*KEYS, "compile_topology=v5p-16"], {}).compile
+  with pytest.raises(ConfigError, match="v5p-16 is 8 x TPU v5, and here are 8 x cpu"):
+    topology.demand(section, jax.devices(), 1)
+
+
+def test_what_does_not_fit_ends_in_the_report_and_in_one_line(capsys, tmp_path):
+  built = alone(f"report_file={tmp_path / 'report.json'}")
+  word = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 34.5G."
+  with pytest.raises(ConfigError, match="more memory than a device has .Out of memory"):
+    with reported(built, lambda: None):
+      raise jax.errors.JaxRuntimeError(word)
+  printed = capsys.readouterr().out
+  assert "it does not fit: Out of memory while trying to allocate 34.5G." in printed
+  assert "parameters 0." in printed
+  made = json.loads((tmp_path / "report.json").read_text())
+  assert not made["fits"] and made["memory"]["peak"] == int(34.5 * 2**30)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="another"), reported(built, lambda: None):
+    raise jax.errors.JaxRuntimeError("INTERNAL: another")
+
+
+def test_memory_over_time_is_drawn_up_to_its_peak(seen):
+  page = (seen[0] / "report.html").read_text()
+  (outline,) = re.findall(r"<polygon points='([^']*)'", page)
+  heights = [float(point.split(",")[1]) for point in outline.split()]
+  (peak,) = re.findall(r"<circle cx='[\d.]+' cy='([\d.]+)'", page)
+  assert len(heights) == plot.BINS + 2 and min(heights) == float(peak)
+
+
+def test_a_part_of_the_time_has_the_most_of_its_moments():
+  moments = [(0, 1), (1, 5), (1.5, 2), (plot.BINS - 0.5, 3), (plot.BINS, 7)]
+  found = plot.binned(moments)
+  assert found[:3] == [1, 5, 2] and set(found[3:-1]) == {2} and found[-1] == 7
 
 
 def test_a_step_of_several_cpu_devices_is_not_kept():
