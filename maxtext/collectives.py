@@ -4,11 +4,13 @@ used, and their gradients added up where they stand.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from maxtext import sharding
@@ -88,6 +90,57 @@ def scatter(shares: jax.Array, axes: sharding.Axes) -> jax.Array:
     shares
   )
   return sharding.constrain(total, *axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def deal(w: jax.Array, axes: sharding.Axes, name: str, stages: int, repeats: int) -> jax.Array:
+  """A stacked parameter [(s r n) ...] of which devices along mesh axis `name` have consecutive
+  layers, and whose other axes these are -> [s r n ...], of [(r s n) ...]: each has its own of every
+  repeat.
+
+  Left to itself, XLA's partitioner gathers all layers where stages do not divide the repeats.
+  """
+  return _dealt(w, axes, name, (stages, repeats), True)
+
+
+def _dealt(
+  w: jax.Array, axes: sharding.Axes, name: str, sizes: tuple[int, int], there: bool
+) -> jax.Array:
+  """Blocks of layers to their stages, or back, in as many rounds as there are repeats: in each,
+  every device sends one and receives one.
+  """
+  layout, (stages, repeats) = sharding.active(), sizes
+  assert layout is not None
+  rest = w.shape[1:] if there else w.shape[3:]
+  if repeats == 1:
+    return w.reshape(stages, 1, -1, *rest) if there else w.reshape(-1, *rest)
+  own, rounds = np.arange(stages), []
+  for i in range(repeats):
+    block = (i + own // (stages // math.gcd(stages, repeats))) % repeats  # that each one sends
+    to, at = (own * repeats + block) % stages, (own * repeats + block) // stages
+    place = at[np.argsort(to)]  # of what it receives
+    rounds.append(
+      (block, place, list(zip(own, to))) if there else (place, block, list(zip(to, own)))
+    )
+
+  def local(w: jax.Array) -> jax.Array:
+    blocks = w.reshape(repeats, -1, *w.shape[1 if there else 3 :])
+    here, out = jax.lax.axis_index(name), jnp.zeros_like(blocks)
+    for leaving, coming, pairs in rounds:
+      sent = jax.lax.ppermute(blocks[jnp.asarray(leaving)[here]], name, pairs)
+      out = out.at[jnp.asarray(coming)[here]].set(sent)
+    return out[None] if there else out.reshape(-1, *out.shape[2:])
+
+  split = layout.sharding(axes, rest).spec
+  specs = PartitionSpec(name, *split), PartitionSpec(name, None, None, *split)
+  inputs, outputs = specs if there else specs[::-1]
+  return sharding.by_device(local, inputs, outputs)(w)
+
+
+deal.defvjp(
+  lambda w, *how: (deal(w, *how), None),
+  lambda axes, name, stages, repeats, _, g: (_dealt(g, axes, name, (stages, repeats), False),),
+)
 
 
 def take_rows(w: jax.Array, axes: sharding.Axes, rows: jax.Array) -> jax.Array:

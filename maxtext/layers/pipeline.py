@@ -23,11 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from maxtext import sharding
+from maxtext import collectives, sharding
 from maxtext.layers.schedule import STAGE, Schedule
 from maxtext.masks import Mask
 
-Layers = Callable[[Any, jax.Array, Mask, Any], tuple[jax.Array, Any]]
+Layers = Callable[[Any, jax.Array, Mask, Any, Callable], tuple[jax.Array, Any]]
 
 
 def run(
@@ -36,9 +36,11 @@ def run(
   """x [b t d] through all layers -> [b t d], and what they say of the tokens, added up over the
   microbatches.
 
-  layers(weights, x, mask, keys) runs some layers, whose weights and keys are stacked; it returns x
-  and, stacked, what each says. `weights` are variables with the axis names of one layer, and `keys`
-  those that draw dropout, or None.
+  layers(weights, x, mask, keys, pick) runs some layers, whose weights and keys are stacked; it
+  returns x and, stacked, what each says. `pick` finds the weights of one of them in those of all
+  repeats, and is to be called where the backward pass computes again: what it finds would else be
+  kept at every tick. `weights` are variables with the axis names of one layer, and `keys` those
+  that draw dropout, or None.
   """
   layout = sharding.active()
   assert layout is not None
@@ -52,7 +54,7 @@ def _run(
   layers: Layers, s: Schedule, weights: Any, waiting: jax.Array, rows: Mask, keys: Any
 ) -> tuple[jax.Array, Any]:
   """`waiting` [s w n t d] and the mask of its `rows` [s w n ...] through all layers."""
-  spread = lambda p: p.replace(_place(_in_order(p[...], s), None, None, *p.get_metadata()["axes"]))
+  spread = functools.partial(_spread, s)
   weights = jax.tree.map(spread, weights, is_leaf=lambda p: hasattr(p, "get_metadata"))
   keys = None if keys is None else _in_order(keys, s)
   waiting = _place(waiting, None, *sharding.STREAM)
@@ -66,7 +68,7 @@ def _run(
       keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(pick(keys, repeat))
     tokens = lambda a: sharding.constrain(a, "activation_batch", sharding.LENGTH)
     mask = jax.tree.map(tokens, pick(masks, number))
-    return layers(pick(weights, repeat), x, mask, keys)
+    return layers(weights, x, mask, keys, functools.partial(_picked, repeat))
 
   def tick(carry: tuple[jax.Array, ...], i: jax.Array) -> tuple[tuple[jax.Array, ...], Any]:
     waiting, *passed = carry
@@ -174,6 +176,25 @@ def _in_order(w: jax.Array, s: Schedule) -> jax.Array:
   again.
   """
   return jnp.swapaxes(w.reshape(s.repeats, s.stages, s.layers, *w.shape[1:]), 0, 1)
+
+
+def _spread(s: Schedule, p: Any) -> Any:
+  """A stacked variable, each stage's layers at the stage [s l r ...]."""
+  axes = p.get_metadata()["axes"]
+  w = collectives.deal(p[...], axes, STAGE, s.stages, s.repeats)
+  return p.replace(_place(jnp.swapaxes(w, 1, 2), None, None, *axes))
+
+
+def _picked(repeat: jax.Array, weights: Any) -> Any:
+  """Variables [r ...] -> those of one repeat."""
+
+  def find(w: jax.Array) -> jax.Array:
+    if w.shape[0] == 1:
+      return w[0]
+    one = jnp.arange(w.shape[0]) == repeat
+    return jnp.where(_column(one, w), w, 0).sum(0, dtype=w.dtype)
+
+  return jax.tree.map(find, weights)
 
 
 def _added(said: jax.Array, schedule: Schedule) -> jax.Array:

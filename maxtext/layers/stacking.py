@@ -85,17 +85,17 @@ class Stack(nnx.Module):
     graph, weights = nnx.split(self.blocks)
     weights = jax.tree.map(_one_layer, weights, is_leaf=_is_variable)
     keys = None if key is None else jax.random.split(key, self.repeat)
-    run = functools.partial(self._run, graph)
+    run, merge = self._run, functools.partial(nnx.merge, graph)
     schedule = self._schedule()
     if caches is None and schedule is not None:
 
-      def layers(weights: Any, x: jax.Array, mask: Mask, keys: Any) -> tuple[jax.Array, Any]:
-        x, _, said, _ = run(weights, x, mask, None, keys, {})
+      def layers(weights: Any, x: jax.Array, mask: Mask, keys: Any, pick: Callable) -> Any:
+        x, _, said, _ = run(lambda part: merge(pick(part)), weights, x, mask, None, keys, {})
         return x, said
 
       x, said = pipeline.run(layers, weights, x, mask, keys, schedule)
       return x, None, said, kept
-    return run(weights, x, mask, caches, keys, kept)
+    return run(merge, weights, x, mask, caches, keys, kept)
 
   def _schedule(self) -> Schedule | None:
     """How the layers go through stages, if the mesh has several and these are to."""
@@ -106,9 +106,18 @@ class Stack(nnx.Module):
     return self.pipeline.schedule(stages, self.repeat, len(self.blocks))
 
   def _run(
-    self, graph: Any, weights: Any, x: jax.Array, mask: Mask, caches: Any, keys: Any, kept: Kept
+    self,
+    merge: Callable,
+    weights: Any,
+    x: jax.Array,
+    mask: Mask,
+    caches: Any,
+    keys: Any,
+    kept: Kept,
   ) -> tuple[jax.Array, Any, dict[str, Routed], Kept]:
-    """Layers whose weights and keys are stacked, one after the other."""
+    """Layers whose weights and keys are stacked, one after the other; `merge` makes the blocks of
+    one of a part of the weights.
+    """
     repeat = jax.tree.leaves(weights)[0].shape[0]
     numbers = None if caches is None else jnp.arange(repeat)
     apart = weights if caches is not None and self._schedule() is not None else None
@@ -117,7 +126,7 @@ class Stack(nnx.Module):
       (x, caches, own), (weights, layer, key), said = carry, part, {}
       if apart is not None:
         weights = jax.tree.map(lambda p: pipeline.layer(p, layer), apart, is_leaf=_is_variable)
-      for i, block in enumerate(nnx.merge(graph, weights)):
+      for i, block in enumerate(merge(weights)):
         keeps, takes = block.spec.shared
         own = own if keeps is None else {**own, keeps: block.keys_values(x, mask)}
         taken = {**kept, **own}.get(keeps or takes)

@@ -37,10 +37,11 @@ SCHEDULES = [
 ]
 
 
-def layers(weights, x, mask, keys):
+def layers(weights, x, mask, keys, pick=lambda weights: weights):
   """x -> tanh(x * w + position), one layer after the other; each says how many tokens it saw."""
 
   def one(x, w):
+    w = pick({"w": w})["w"]
     return jnp.tanh(x * w[...] + 0.1 * mask.q_pos[..., None]), mask.q_seg.sum()[None]
 
   return jax.lax.scan(one, x, weights["w"])
