@@ -34,17 +34,17 @@ def stopped_run_goes_on(parent: Path) -> None:
 
 
 def stopped_while_it_starts(parent: Path) -> None:
-  """Whenever it comes once Python is there, the run ends well and soon, and can start again."""
+  """Whenever it comes once Python is there, the run ends as asked and soon, and can start again."""
   run = Run(parent, "early", NEVER)
   begun = time.monotonic()
   subprocess.run([sys.executable, "-m", "train", "--help"], stdout=subprocess.DEVNULL, check=True)
   first = 2 * (time.monotonic() - begun)  # for what is imported before anything is asked
   for seconds in (first + later for later in (0.2, 0.5, 1.0, 2.0, 3.0, 5.0)):
-    process = run.start()
+    process = run.start("exit_code_when_stopped=75")
     time.sleep(seconds)
     process.send(signal.SIGTERM)
     begun = time.monotonic()
-    process.ends(0)
+    process.ends(75)
     took = time.monotonic() - begun
     check("resume" in process.lines[-1], f"SIGTERM {seconds:.1f} s in:\n{process.output}")
     stepped = "before the first step" not in process.lines[-1]
