@@ -23,7 +23,7 @@ class Budget:
 
   def __init__(self, setting: str = "stop", documents: int = 0):
     """`setting` is data_errors; a share is of `documents`, a pass, until more than one is read."""
-    self._setting, self._documents = setting, documents
+    self._setting, self.documents = setting, documents
     self.skipped = 0  # alike on all hosts, since it changes what follows
     self._blanked = 0
 
@@ -36,7 +36,7 @@ class Budget:
     if self._setting == "stop":
       raise DataError(f"{what}; mend it, or let a run pass over some by data_errors=NUMBER")
     limit = float(self._setting)
-    allowed = limit if limit >= 1 else math.ceil(limit * max(read, self._documents))
+    allowed = limit if limit >= 1 else math.ceil(limit * max(read, self.documents))
     self.skipped += not blanked
     self._blanked += blanked
     count = self.skipped + self._blanked

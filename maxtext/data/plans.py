@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from maxtext.data.errors import Budget, Damaged
+from maxtext.errors import DataError
 
 BINS = 64  # rows that first_fit and best_fit fill at a time: not the batch, on which no row depends
 
@@ -80,12 +81,17 @@ class Draws:
       self._credit = [sum(each) for each in zip(self._credit, self._weights(step))]
       at = self._credit.index(max(self._credit))
       self._credit[at] -= 1.0
+    tried = 0
     while (number := self._drawn[at]) < len(self.feeds[at]):
       self._drawn[at] += 1
       try:
         return Document(at, number, *self.feeds[at].take(number))
       except Damaged as error:
         self.budget.skip(error, sum(self._drawn))
+        tried += 1
+        if tried > self.budget.documents:  # a pass and more: it would go on for ever
+          name = self.feeds[at].name
+          raise DataError(f"{name}: none of {tried} documents can be used; mend them") from None
     return self.next(step)
 
   def again(self, name: str, number: int, begun: int) -> Document:

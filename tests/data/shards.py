@@ -113,6 +113,8 @@ def documents(found):
     for batch in found
     for row in range(len(batch["inputs"]))
   ]
+  if not pairs:
+    return []
   inputs = np.concatenate([a[s > 0] for a, _, s in pairs])
   ends = np.concatenate([b[s > 0] for _, b, s in pairs]) == 2
   parts = np.split(inputs, np.flatnonzero(ends) + 1)[:-1]

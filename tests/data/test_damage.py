@@ -66,6 +66,12 @@ def test_a_budget_is_a_number_or_a_share_of_the_documents(tmp_path, setting, goo
       list(batches(data))
 
 
+def test_a_source_without_a_single_good_document_ends_the_run(tmp_path):
+  (tmp_path / "a.jsonl").write_text("{}\n" * 9)
+  with pytest.raises(DataError, match="train: none of 10 documents can be used"):
+    next(batches(streamed(tmp_path, data_errors="1000000", num_epoch=-1)))
+
+
 def test_a_share_of_more_than_a_pass_is_of_all_that_was_read():
   budget = Budget("0.01", 100)
   budget.skip(Damaged("a", "b"), 5)
