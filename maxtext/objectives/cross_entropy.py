@@ -79,8 +79,10 @@ def _forward(head: Head, x: jax.Array, w: jax.Array, targets: jax.Array, weights
 
   none = collectives.partial(lambda x: jnp.zeros(w.shape, jnp.float32), head.axes, x)
   (sums, shares), dx = lax.scan(tile, (_zeros(), none), _cut(head, x, targets, weights))
-  dw = collectives.scatter(shares, head.axes)
-  return sums, (_join(dx), dw.astype(w.dtype))
+  # added up before anything else: the shares, a whole unembedding in float32, would be kept until
+  # the end of the backward pass, to be sent along with the embedding's
+  dx, dw = lax.optimization_barrier((_join(dx), collectives.scatter(shares, head.axes)))
+  return sums, (dx, dw.astype(w.dtype))
 
 
 def _backward(head: Head, saved: tuple[jax.Array, jax.Array], g: Sums):
