@@ -23,6 +23,7 @@ PAGES = (
   "docs/huggingface.md",
   "docs/running.md",
   "docs/parallelism.md",
+  "docs/compiling.md",
   "docs/hosts.md",
   "docs/launch.md",
   "docs/checkpoints.md",

@@ -15,7 +15,12 @@ from pathlib import Path
 from end_to_end.runs import Process, check, report
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/kernels/test_splash.py", "tests/layers/test_moe_tpu.py", "tests/test_offload.py")
+TESTS = (
+  "tests/kernels/test_splash.py",
+  "tests/layers/test_moe_tpu.py",
+  "tests/test_offload.py",
+  "tests/test_compile.py",
+)
 
 
 def main() -> None:

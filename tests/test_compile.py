@@ -83,6 +83,30 @@ def test_a_report_says_what_a_step_takes_and_sends_for_people_and_programs(seen)
   assert len(printed.splitlines()) < 45
 
 
+def test_a_step_is_compiled_for_a_tpu_with_its_kernels_and_cycles_or_found_too_large(tmp_path):
+  pytest.importorskip("libtpu")
+
+  def compiled(topology: str, *keys: str, code: int = 0):
+    path = tmp_path / "report.json"
+    keys = (*keys, "max_target_length=512", f"compile_topology={topology}", f"report_file={path}")
+    command = [sys.executable, "-m", "maxtext.compile", "dataset_type=synthetic", *keys]
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr[-2000:]
+    return json.loads(path.read_text()), done.stdout
+
+  wide = "base_emb_dim=256 head_dim=64 vocab_size=1024 remat_policy=full".split()
+  made, _ = compiled("v5e-4", *wide, "ici_fsdp_parallelism=2", "ici_tensor_parallelism=2")
+  assert made["run"]["device_kind"] == "TPU v5 lite"
+  assert made["work"]["kernels"] == 4 * 4  # in each layer one each way, again, and one for keys
+  assert made["time"]["mfu"] < 1 and made["time"]["cycles"] > 0
+  assert {"all-reduce", "all-gather", "reduce-scatter"} <= {one["kind"] for one in made["sent"]}
+  large = "model_name=llama3.1-8b", "per_device_batch_size=8", "remat_policy=none"
+  made, printed = compiled("v5e-64", *large, code=1)
+  assert not made["fits"] and made["memory"]["peak"] > made["memory"]["chip"]
+  assert "remat_policy=" in made["advice"][0] and "it does not fit" in printed
+
+
 def test_the_largest_arrays_are_named_by_line_and_axes(seen):
   made = json.loads((seen[0] / "report.json").read_text())["largest"]
   for one in (one for one in made if one["source"]):

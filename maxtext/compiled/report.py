@@ -213,9 +213,9 @@ def _largest(built: Program, walked: Profile, origins: Origins | None) -> list[H
     Held(
       buffer.size,
       f"{buffer.array.dtype}{list(buffer.array.shape)}",
-      origins.axes(buffer.line, buffer.array.shape),
-      origins.source(buffer.line),
-      name_of(buffer.line),
+      origins.axes(buffer.named, buffer.array.shape),
+      origins.source(buffer.named),
+      name_of(buffer.named),
     )
     for buffer in walked.live
     if origins is not None

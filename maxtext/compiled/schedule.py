@@ -32,6 +32,12 @@ class Buffer:
   array: Array
   line: Line
   size: int
+  made: Line | None = None  # what it is a copy of, where the instruction itself says nothing
+
+  @property
+  def named(self) -> Line:
+    """The instruction that says where it comes from."""
+    return self.made or self.line
 
 
 Value = Buffer | list["Value"]
@@ -157,6 +163,9 @@ class _Walk:
       return operands[0]
     made = read(line.made)
     value = _filled(made, line)
+    if "op_name" not in line.rest and (first := next(_buffers(operands), None)):
+      for buffer in _buffers(value):
+        buffer.made = first.named
     if line.op in ("parameter", *_FREE):
       for buffer in _buffers(value):
         buffer.size = 0

@@ -124,4 +124,4 @@ def _table(names: Sequence[str], rows: Sequence[tuple[str, ...]], sides: str) ->
 
 
 def _unit(size: int) -> tuple[str, int]:
-  return ("GiB", GIB) if size >= GIB / 10 else ("MiB", 2**20)
+  return ("GiB", GIB) if size >= GIB else ("MiB", 2**20)
