@@ -19,6 +19,7 @@ PAGES = (
   "README.md",
   "docs/README.md",
   "docs/configuration.md",
+  "docs/data.md",
   "docs/families.md",
   "docs/huggingface.md",
   "docs/running.md",
