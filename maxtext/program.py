@@ -230,11 +230,14 @@ def build(
 
 
 def _check_memory(config: Config, layout: sharding.Layout) -> None:
-  platform = layout.mesh.devices.flat[0].platform
-  if config.optimizer.optimizer_memory_host_offload and platform == "cpu":
-    raise ConfigError(
-      "optimizer_memory_host_offload", "the memory of CPU devices is the host's already; use false"
-    )
+  """Refuses to move to the hosts what is there already."""
+  key, remedy = "optimizer_memory_host_offload", "false"
+  if config.memory.offloads:
+    key, remedy = "remat_policy", "minimal, or in custom device in place of offload"
+  elif not config.optimizer.optimizer_memory_host_offload:
+    return
+  if layout.mesh.devices.flat[0].platform == "cpu":
+    raise ConfigError(key, f"the memory of CPU devices is the host's already; use {remedy}")
 
 
 def _spread(batch: Batch, layout: sharding.Layout) -> Batch:
@@ -277,7 +280,11 @@ def build_to_decode(config: Config, vocabulary: int = 0) -> Program:
     mesh = dataclasses.replace(mesh, **own)
     alone = devices[0].platform == "cpu" and jax.process_count() == 1
     devices = devices[:1] if alone else devices
-  return build(dataclasses.replace(config, mesh=mesh), devices, vocabulary)
+  # there is no optimizer, and nothing is kept for a gradient
+  optimizer = dataclasses.replace(config.optimizer, optimizer_memory_host_offload=False)
+  memory = dataclasses.replace(config.memory, remat_policy="none")
+  config = dataclasses.replace(config, mesh=mesh, optimizer=optimizer, memory=memory)
+  return build(config, devices, vocabulary)
 
 
 def find_devices(run: Run) -> list[jax.Device]:

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maxtext import estimate
+from maxtext import config, estimate
 from maxtext.layers.decoder import Decoder
 from maxtext.layers.merging import Plan
 from maxtext.layers.params import DROPLESS, Compute
-from maxtext.layers.sections import Memory
 from maxtext.masks import Mask
 from maxtext.objectives.next_token import NextToken
 from maxtext.specs import (
@@ -84,7 +83,7 @@ ODD = DecoderSpec(
 
 
 def plan_of(spec: DecoderSpec) -> Plan:
-  memory = Memory(scan_layers=False, remat_policy="none", num_vocab_tiling=1)
+  memory = dataclasses.replace(config.load([], {}).memory, scan_layers=False, remat_policy="none")
   # of each row an expert takes as many tokens as it has to where all are equally loaded
   experts = dataclasses.replace(DROPLESS, sparse_matmul=False, capacity_factor=1.0)
   compute = Compute(kernel="dot_product", experts=experts)

@@ -72,6 +72,9 @@ def on_devices(config: Config, devices: int) -> Iterator[Problem]:
     yield from _batch("eval_per_device_batch_size", per_device, devices, ways)
   yield from _length(config, sizes)
   yield from _typed(config, sizes)
+  if config.memory.offloads and sizes.get("stage", 1) > 1:
+    problem = f"{config.memory.remat_policy}: stages cannot keep activations in the hosts' memory"
+    yield "remat_policy", f"{problem}; use minimal", *config.mesh.keys("stage")
   yield from _split(config, sizes)
   yield from _collisions(config, sizes)
   yield from stages.on_stages(config, sizes, devices)
@@ -91,9 +94,10 @@ def _typed(config: Config, sizes: Mapping[str, int]) -> Iterator[Problem]:
   if dropped:
     problem = "dropout of attention's weights, which every device would draw alike,"
     yield "shard_mode", f"explicit: {problem} {remedy}", "enable_dropout"
-  if config.optimizer.optimizer_memory_host_offload:
-    problem = "a state that moves between the hosts' memory and the devices'"
-    yield "shard_mode", f"explicit: {problem} {remedy}", "optimizer_memory_host_offload"
+  moved = ["optimizer_memory_host_offload"] * config.optimizer.optimizer_memory_host_offload
+  if moved := [*moved, *["remat_policy"] * config.memory.offloads]:
+    problem = "what moves between the hosts' memory and the devices'"
+    yield "shard_mode", f"explicit: {problem} {remedy}", *moved
   if sizes.get("stage", 1) > 1:
     yield "shard_mode", f"explicit: one program of all stages {remedy}", *config.mesh.keys("stage")
   moves = config.architecture.mtp_num_layers or any(b.delta for b in config.blocks or ())

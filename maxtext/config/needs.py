@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import get_args, get_type_hints
 
 from maxtext.config.config import Config
 from maxtext.config.sections import SECTION_OF
+from maxtext.layers.sections import Memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,6 +312,12 @@ NEEDS = (
       for axis in c.mesh.logical_axis_rules.get("activation_length", ())
       for key in c.mesh.keys(axis)
     ),
+  ),
+  Need(
+    tuple(key for key, hint in get_type_hints(Memory).items() if "offload" in get_args(hint)),
+    "remat_policy=custom",
+    "remat_policy",
+    lambda c: c.memory.remat_policy == "custom",
   ),
   Need(
     ("shard_optimizer_over_data", "optimizer_memory_host_offload"),

@@ -125,6 +125,7 @@ class Estimate:
       yield (
         f"of a step: gradients {_binary(step.grads)}, activations {_binary(step.activations)}, "
         f"{step.point} {_binary(step.work)}; estimated peak {_binary(step.total)}"
+        + (f", and {_binary(step.host)} in the hosts' memory" if step.host else "")
       )
 
 

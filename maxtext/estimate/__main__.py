@@ -95,15 +95,16 @@ def table(shown: Sequence[Layout]) -> Iterator[str]:
   """A line per layout: bytes of a device by kind, seconds by what takes them, and its settings."""
   small = max(layout.bytes.total for layout in shown) < 2**30
   unit, size_of = ("MiB", 2**20) if small else ("GiB", 2**30)
-  columns = ("params", "optimizer", "grads", "kept", "at work", "total")
+  far = any(layout.bytes.host for layout in shown)
+  columns = ("params", "optimizer", "grads", "kept", "at work", "total", *["hosts"] * far)
   times = ("compute", "hidden", "exposed", "step", "MFU")
-  yield f"{f'  {unit} per device':<51}  seconds per step, at best"
+  yield f"{f'  {unit} per device':<{51 + 8 * far}}  seconds per step, at best"
   widths = [max(len(name), 6) + 2 for name in (*columns, *times)]
   line = lambda cells: "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths))
   yield f"{line((*columns, *times))}  layout"
   for layout in shown:
     b, s = layout.bytes, layout.seconds
-    sizes = (b.params, b.optimizer, b.grads, b.activations, b.work, b.total)
+    sizes = (b.params, b.optimizer, b.grads, b.activations, b.work, b.total, *[b.host] * far)
     cells = [f"{size / size_of:.2f}" for size in sizes]
     cells += [_short(t) for t in (max(s.compute, s.memory), s.hidden, s.exposed, s.total)]
     yield f"{line([*cells, f'{layout.mfu:.0%}'])}  {layout.paste}"

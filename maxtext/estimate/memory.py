@@ -17,7 +17,7 @@ import optax
 
 from maxtext.config import Config
 from maxtext.kernels import LONG
-from maxtext.layers.stacking import SAVED
+from maxtext.layers.stacking import INPUT, spared
 from maxtext.sharding import Declared, Rules, names_of, split_further
 from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, DeltaSpec, MlpSpec, Stage
 
@@ -72,7 +72,8 @@ class Bytes:
   """Bytes on a device at the point of a step that has the most, by kind.
 
   `activations` are kept for the backward pass; `work` is what else is there at that `point`: of a
-  block, or of the loss with its logits.
+  block, or of the loss with its logits. In the `host`'s memory is what was moved there, for good or
+  until the backward pass.
   """
 
   params: int
@@ -81,6 +82,7 @@ class Bytes:
   activations: int
   work: int
   point: str
+  host: int = 0
 
   @property
   def total(self) -> int:
@@ -169,26 +171,32 @@ class Model:
       grads += share[name] * (max(size, sums) if passes == 1 else size)
     grads += (here["embedding"] - share["embedding"]) * sums  # whole before it is split
     local = _Local.of(self, parts, rows)
-    kept = sum(
-      stage.repeat // parts.ways("layers") * local.kept(block, self.policy(stage))
-      for stage in self.spec.stages
-      for block in stage.blocks
+    held, far = (
+      sum(
+        stage.repeat // parts.ways("layers") * local.kept(block, self.policy(stage), hosts)
+        for stage in self.spec.stages
+        for block in stage.blocks
+      )
+      for hosts in (False, True)
     )
     if (further := self.spec.mtp) is not None:
       alone = Stage((further.block,))
-      kept += further.layers * local.kept(further.block, self.policy(alone))
+      held += further.layers * local.kept(further.block, self.policy(alone))
+      far += further.layers * local.kept(further.block, self.policy(alone), hosts=True)
     points = self._points(local, tiles)
     point = max(points, key=lambda name: points[name])
     whole = Bytes(
       sum(here[name] * p.dtype.itemsize for name, p in self.params.items()),
       sum(share[name] * size for name, size in self.kept.items()),
       grads,
-      kept,
+      held,
       points[point],
       point,
+      far,
     )
     if not self.config.optimizer.optimizer_memory_host_offload:
       return whole
+    whole = dataclasses.replace(whole, host=far + whole.optimizer)
     update = dataclasses.replace(whole, activations=0, work=0, point="update")
     return max(dataclasses.replace(whole, optimizer=0), update, key=lambda held: held.total)
 
@@ -243,14 +251,18 @@ class _Local:
       model.spec.vocab // parts.ways("activation_vocab"),
     )
 
-  def kept(self, block: BlockSpec, policy: str) -> int:
-    """Bytes that a block keeps for the backward pass."""
-    least = self.model.working
+  def kept(self, block: BlockSpec, policy: str, hosts: bool = False) -> int:
+    """Bytes that a block keeps for the backward pass, on the device or in the hosts' memory."""
+    least, memory = self.model.working, self.model.config.memory
     made = list(self.made(block))
+    if hosts and policy in (UNROLLED, "none"):
+      return 0
     if policy == UNROLLED:
       made = [m for m in made if m[0] != "norm"]
     elif policy != "none":
-      made = [m for m in made if m[0] in ("input", *SAVED[policy])]
+      names = spared(memory, "offload" if hosts else "device")
+      names += () if hosts or INPUT in spared(memory) else (INPUT,)
+      made = [m for m in made if m[0] in names]
     return self.tokens * sum(count * max(size, least) for _, count, size in made)
 
   def made(self, block: BlockSpec) -> Iterator[tuple[str, int, int]]:
@@ -259,7 +271,7 @@ class _Local:
     """
     w, d = self.model.width, self.stream
     norms = 2 * block.pre_norm + block.post_attention_norm + block.post_mlp_norm
-    yield "input", d, w
+    yield INPUT, d, w
     yield "norm", 2 * norms * d, F32
     yield "", norms * d, F32
     yield "", norms * d, w
@@ -328,8 +340,8 @@ class _Local:
     named = [count for name, count, _ in made if name not in ("", "norm")]
     forward = w * (sum(weights) + max(weights) + self.tokens * 2 * (self.width + max(named)))
     wide = sum(count for name, count, _ in made if name.startswith("mlpwi"))
-    saved = SAVED.get(policy, ("mlpwi_0", "mlpwi_1"))
-    each = w + model.width if "mlpwi_1" in saved else 3.5 * model.width
+    all_there = policy in (UNROLLED, "none") or "mlpwi_1" in spared(model.config.memory)
+    each = w + model.width if all_there else 3.5 * model.width
     rows = 3 * (self.width + self.stream) + (3 if model.tiled else 1) * self._attended(block)
     rows += (
       0 if moe is None else int(6 * model.wide(block, self.parts.ways("exp"))[0][1]) * self.width

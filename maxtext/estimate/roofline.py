@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 
 from maxtext.estimate.chips import Chip
 from maxtext.estimate.flops import attention_weights, forward_flops, step_flops
-from maxtext.estimate.memory import F32, Bytes, Model, Parts
-from maxtext.layers.stacking import SAVED
+from maxtext.estimate.memory import F32, UNROLLED, Bytes, Model, Parts
+from maxtext.layers.stacking import spared
 from maxtext.specs import BlockSpec, Stage
 
 
@@ -97,9 +97,9 @@ def computed_again(model: Model, tokens: int) -> float:
   total, length = 0.0, model.config.training.max_target_length
   for stage in model.spec.stages:
     for block in stage.blocks:
-      saved = SAVED.get(model.policy(stage))
-      if saved is None:
+      if model.policy(stage) in (UNROLLED, "none"):
         continue
+      saved = spared(model.config.memory)
       alone = dataclasses.replace(model.spec, vocab=1, stages=(Stage((block,)),), mtp=None)
       flops = forward_flops(alone, tokens, length)
       mixing = 2.0 * tokens * attention_weights(block, model.spec.width)

@@ -12,6 +12,7 @@ from maxtext.layers.schedule import Schedule
 Float = Literal["float32", "bfloat16"]
 Side = Annotated[int, Bound(128, LARGEST)]
 Layers = Annotated[int, Bound(1, LARGEST, special=-1)]
+Keep = Literal["remat", "device", "offload"]
 TensorLayout = Literal["HEAD_DIM_MINOR", "SEQ_MINOR"]
 
 
@@ -34,13 +35,33 @@ class Memory:
     "full",
     "minimal",
     "minimal_with_context",
+    "minimal_flash",
     "save_dot_with_context_except_mlp",
     "save_dot_except_mlpwi",
     "save_dot_except_mlp",
     "save_qkv_proj",
     "save_out_proj",
+    "qkv_proj_offloaded",
+    "minimal_offloaded",
+    "custom",
   ]
+  decoder_layer_input: Literal["device", "offload"]
+  query_proj: Keep
+  key_proj: Keep
+  value_proj: Keep
+  context: Keep
+  out_proj: Keep
+  mlpwi_0: Keep
+  mlpwi_1: Keep
+  mlpwo: Keep
   num_vocab_tiling: Whole
+
+  @property
+  def offloads(self) -> bool:
+    """Whether activations are kept in the hosts' memory."""
+    if self.remat_policy == "custom":
+      return "offload" in vars(self).values()
+    return self.remat_policy.endswith("_offloaded")
 
 
 @dataclasses.dataclass(frozen=True)

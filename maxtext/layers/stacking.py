@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from maxtext import sharding
 from maxtext.layers import pipeline
@@ -32,12 +33,31 @@ SAVED = {  # remat policy -> the tagged activations that the backward pass does 
   "full": (),
   "minimal": (*_QKV, "out_proj", "mlpwi_0", "mlpwi_1", "mlpwo"),
   "minimal_with_context": (*_QKV, "attention_out", "out_proj", "mlpwi_0", "mlpwi_1", "mlpwo"),
+  "minimal_flash": (*_QKV, "attention_out", "out_proj", "mlpwi_0", "mlpwi_1", "mlpwo"),
   "save_dot_with_context_except_mlp": (*_QKV, "attention_out", "out_proj"),
   "save_dot_except_mlpwi": (*_QKV, "out_proj", "mlpwo"),
   "save_dot_except_mlp": (*_QKV, "out_proj"),
   "save_qkv_proj": _QKV,
   "save_out_proj": ("out_proj",),
+  "qkv_proj_offloaded": _QKV,
+  "minimal_offloaded": (*_QKV, "out_proj", "mlpwi_0", "mlpwi_1", "mlpwo"),
 }
+INPUT = "decoder_layer_input"  # what a layer takes in, tagged: it is always kept
+TAGS = {"context": "attention_out"} | {name: name for name in SAVED["minimal"]}
+
+
+def spared(memory: Memory, place: str | None = None) -> tuple[str, ...]:
+  """The tagged activations of a layer that are not computed again: all, or those of a `place`,
+  device or offload.
+  """
+  policy = memory.remat_policy
+  if policy == "custom":
+    chosen = (place,) if place else ("device", "offload")
+    tags = (tag for key, tag in TAGS.items() if getattr(memory, key) in chosen)
+    offloaded = memory.decoder_layer_input == "offload" and place != "device"
+    return *tags, *([INPUT] if offloaded else [])
+  there = "offload" if policy.endswith("_offloaded") else "device"
+  return SAVED.get(policy, ()) if place in (None, there) else ()
 
 
 class Stack(nnx.Module):
@@ -124,6 +144,7 @@ class Stack(nnx.Module):
 
     def body(carry: tuple[jax.Array, Any, Kept], part: Any) -> tuple[Any, dict]:
       (x, caches, own), (weights, layer, key), said = carry, part, {}
+      x = checkpoint_name(x, INPUT)
       if apart is not None:
         weights = jax.tree.map(lambda p: pipeline.layer(p, layer), apart, is_leaf=_is_variable)
       for i, block in enumerate(merge(weights)):
@@ -177,7 +198,12 @@ def remat(body: Callable, memory: Memory) -> Callable:
   """The same function, of which the backward pass computes again what the policy does not keep."""
   if memory.remat_policy == "none":
     return body
-  policy = jax.checkpoint_policies.save_only_these_names(*SAVED[memory.remat_policy])
+  policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=spared(memory, "device"),
+    names_which_can_be_offloaded=spared(memory, "offload"),
+    offload_src="device",
+    offload_dst="pinned_host",
+  )
   return jax.checkpoint(body, policy=policy, prevent_cse=not memory.scan_layers)
 
 

@@ -142,6 +142,12 @@ COMMAND_LINES = [
   ("jax_cache_dir=~nosuchuser/x", "jax_cache_dir: '~nosuchuser/x': there is no such"),
   ("record_internal_nn_metrics=true enable_tensorboard=false", "only with enable_tensorboard=true"),
   ("num_vocab_tiling=5", "num_vocab_tiling: 5 tiles do not cut 256 tokens evenly; use 4, or 0"),
+  ("query_proj=offload", "query_proj: has an effect only with remat_policy=custom"),
+  ("remat_policy=custom decoder_layer_input=remat", "decoder_layer_input: 'remat' is not known"),
+  (
+    ON_8 + "remat_policy=minimal_offloaded shard_mode=explicit",
+    "explicit: what moves between the hosts' memory and the devices'",
+  ),
   ("remat_policy=ful", "remat_policy: 'ful' is not known, did you mean 'full'?"),
   ("hardware=tpus", "hardware: 'tpus' is not known, did you mean 'tpu'?"),
   ("dataset_type=hf", "dataset_type: hf reads a saved dataset; set hf_path=FOLDER"),

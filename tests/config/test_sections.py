@@ -18,6 +18,7 @@ from maxtext.config.values import coerce, words
 from maxtext.data import tokenizers
 from maxtext.explain import meanings
 from maxtext.kernels import options
+from maxtext.layers import stacking
 
 BASE = documents.PACKAGED / "base.yml"
 
@@ -80,6 +81,7 @@ def test_every_key_is_read_somewhere():
   names |= {key for made, keys in MADE.items() if made in names for key in keys}
   names |= {key for key in SECTION_OF if key.endswith("_parallelism")}  # read by mesh._key
   names |= {*options.KEYS.values(), options.CONTEXT}  # read by kernels.Options.of
+  names |= {*stacking.TAGS}  # read by stacking.spared
   names |= {*sources.PRESETS, "override_logical_axis_rules", "log_config"}  # read while loading
   assert set(SECTION_OF) - names == set()
 

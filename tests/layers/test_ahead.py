@@ -15,7 +15,6 @@ from maxtext.layers.blocks import Block
 from maxtext.layers.decoder import Decoder
 from maxtext.layers.merging import Plan
 from maxtext.layers.params import Compute
-from maxtext.layers.sections import Memory
 from maxtext.masks import Mask
 from maxtext.objectives.next_token import NextToken
 from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, MlpSpec, MtpSpec, Stage
@@ -29,7 +28,7 @@ UNSEEN = np.array([[0] * 3 + [1] * 13, [1] * 9 + [0] * 2 + [1] * 5])  # targets 
 
 
 def plan(spec):
-  memory = Memory(scan_layers=True, remat_policy="full", num_vocab_tiling=1)
+  memory = dataclasses.replace(config.load([], {}).memory, scan_layers=True, remat_policy="full")
   return Plan.of(functools.partial(Decoder, spec, Compute(kernel="dot_product"), memory))
 
 

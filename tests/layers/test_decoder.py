@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from maxtext import config
 from maxtext.errors import ConfigError
 from maxtext.layers.blocks import Block
 from maxtext.layers.decoder import Decoder
 from maxtext.layers.merging import Plan, parameters
 from maxtext.layers.params import Compute
-from maxtext.layers.sections import Memory
 from maxtext.layers.stacking import SAVED
 from maxtext.masks import Mask
 from maxtext.objectives.next_token import NextToken
@@ -30,7 +30,7 @@ from maxtext.specs import (
 )
 
 LENGTH, VOCAB, WIDTH = 12, 64, 32
-MEMORY = Memory(scan_layers=True, remat_policy="none", num_vocab_tiling=1)
+MEMORY = dataclasses.replace(config.load([], {}).memory, scan_layers=True, remat_policy="none")
 COMPUTE = Compute(kernel="dot_product")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from maxtext import config
 from maxtext.caches import Storage, empty, filled
 from maxtext.errors import ConfigError
 from maxtext.estimate.flops import parameter_count
@@ -17,7 +18,6 @@ from maxtext.layers.decoder import Decoder
 from maxtext.layers.grouped import GroupedAttention
 from maxtext.layers.merging import Plan
 from maxtext.layers.params import Compute
-from maxtext.layers.sections import Memory
 from maxtext.masks import Mask
 from maxtext.specs import (
   AttentionSpec,
@@ -36,8 +36,10 @@ COMPUTE = Compute(kernel="dot_product")
 NEAR = AttentionSpec(4, 2, 8, window=3, keeps="near", qk_norm=QkNormSpec(), v_norm=NormSpec("l2"))
 FAR = AttentionSpec(4, 4, 8, RopeSpec(500.0), keeps="far", clip=0.7, bias=True)
 MEMORIES = {
-  "scanned": Memory(scan_layers=True, remat_policy="full", num_vocab_tiling=1),
-  "unrolled": Memory(scan_layers=False, remat_policy="none", num_vocab_tiling=1),
+  "scanned": dataclasses.replace(config.load([], {}).memory, scan_layers=True, remat_policy="full"),
+  "unrolled": dataclasses.replace(
+    config.load([], {}).memory, scan_layers=False, remat_policy="none"
+  ),
 }
 
 
@@ -60,7 +62,7 @@ SPECS = {
 }
 
 
-def plan(spec: DecoderSpec, memory: Memory = MEMORIES["scanned"]) -> tuple[Plan, dict]:
+def plan(spec: DecoderSpec, memory=MEMORIES["scanned"]) -> tuple[Plan, dict]:
   """The model without its parameters, and parameters."""
   made = Plan.of(lambda rngs: Decoder(spec, COMPUTE, memory, rngs))
   draw = np.random.default_rng(0)

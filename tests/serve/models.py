@@ -12,7 +12,6 @@ from maxtext import config, sharding
 from maxtext.layers.decoder import Decoder
 from maxtext.layers.merging import Plan
 from maxtext.layers.params import Compute
-from maxtext.layers.sections import Memory
 from maxtext.masks import Mask
 from maxtext.specs import (
   AttentionSpec,
@@ -85,7 +84,7 @@ def _one_pass(name):
 
 @functools.cache
 def build(name, scan=True, policy="none", mode="auto", **sizes):
-  memory = Memory(scan_layers=scan, remat_policy=policy, num_vocab_tiling=1)
+  memory = dataclasses.replace(DEFAULTS.memory, scan_layers=scan, remat_policy=policy)
   spec, split = SPECS[name], "context_autoregressive" in sizes
   compute = Compute(kernel="autoselected" if split else "dot_product")
   plan = Plan.of(functools.partial(Decoder, spec, compute, memory))
