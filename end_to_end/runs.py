@@ -147,6 +147,7 @@ class Run:
   parent: Path
   name: str
   keys: tuple[str, ...] = ()
+  entry: tuple[str, ...] = ("-m", "train")  # what Python is to run
 
   @property
   def folder(self) -> Path:
@@ -156,7 +157,7 @@ class Run:
     """Begin the run, or go on with it."""
     where = (f"base_output_directory={self.parent}", f"jax_cache_dir={self.parent / 'xla'}")
     words = (f"run_name={self.name}", *where, *self.keys, *keys)
-    return module("train", CONFIG, *words, environment=environment)
+    return Process([sys.executable, *self.entry, str(CONFIG), *words], environment)
 
   def train(self, *keys: str) -> str:
     """Begin or go on, to the end; the output."""

@@ -18,7 +18,9 @@ import optax
 
 from maxtext.training.state import Params, State
 
-FLOOR = 0.02  # a spread below this share of the median is taken for as much
+# A spread below this share of the median is taken for as much: losses, which differ little, and
+# norms of gradients, of which one in some thousands is twice the median by itself.
+FLOORS = (0.02, 0.5)
 ROWS = ("loss", "grad_norm", "skipped")  # of a history
 JUDGED = ("loss_zscore", "grad_norm_zscore", "skips")  # what `judge` says, in this order
 
@@ -51,7 +53,7 @@ class Guard:
     numbers, known = jnp.stack([loss, norm]).astype(jnp.float32), state.history[:2]
     middle = jnp.nanmedian(known, axis=1)
     spread = 1.4826 * jnp.nanmedian(jnp.abs(known - middle[:, None]), axis=1)
-    scores = (numbers - middle) / jnp.maximum(spread, FLOOR * jnp.abs(middle) + 1e-30)
+    scores = (numbers - middle) / jnp.maximum(spread, jnp.array(FLOORS) * jnp.abs(middle) + 1e-30)
     enough = jnp.isfinite(known).sum(axis=1) >= -(-self.interval // 2)
     finite = jnp.isfinite(numbers)
     scores = jnp.where(finite, jnp.where(enough, scores, 0.0), jnp.inf)

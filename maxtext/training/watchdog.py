@@ -24,7 +24,7 @@ FOLDER = "stalls"  # in a run's folder
 WATCHED = {
   "data": "the wait for the batch of step {}",
   "step": "the computation of step {}",
-  "checkpoint": "training's wait for the save after {} steps",
+  "checkpoint": "training's wait to save after {} steps",
   "save": "the save after {} steps, in its thread,",
 }
 

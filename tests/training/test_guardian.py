@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from maxtext.objectives.mean import Mean
-from maxtext.training.guardian import FLOOR, Guard
+from maxtext.training.guardian import FLOORS, Guard
 from maxtext.training.metrics import step_scalars
 from maxtext.training.state import State, from_tree, tree
 from maxtext.training.step import Rules, make_step
@@ -59,7 +59,7 @@ def test_scores_are_those_of_median_and_median_absolute_deviation():
       continue
     middle = np.median(window, 0)
     spread = 1.4826 * np.median(abs(window - middle), 0)
-    scores = (seen[n] - middle) / np.maximum(spread, FLOOR * abs(middle))
+    scores = (seen[n] - middle) / np.maximum(spread, np.array(FLOORS) * abs(middle))
     np.testing.assert_allclose(row["judged"][:2], scores, rtol=1e-3, atol=1e-4)
     assert row["ok"] == (scores <= 6).all()
   assert not rows[20]["ok"] and sum(not row["ok"] for row in rows) == 1

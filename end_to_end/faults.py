@@ -1,0 +1,64 @@
+"""`python faults.py FAULT ENTRY ARGUMENTS`: an entry point, train or replay, with something broken.
+
+FAULT is nan or spike, which about one batch in thirty does to the loss; or data, step or save,
+which after twenty of them takes a minute.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+import time
+from typing import Any
+
+BATCHES, FEW, LONG = 31, 20, 60.0
+
+
+def poisoned(factor: float) -> None:
+  """Have the loss of some batches multiplied by a factor; which, their tokens alone decide."""
+  import jax.numpy as jnp
+
+  from maxtext import program
+  from maxtext.objectives.mean import Mean
+
+  class Poisoned(program.NextToken):
+    def __call__(self, model: Any, batch: Any, key: Any = None) -> Any:
+      sums = super().__call__(model, batch, key)
+      by = jnp.where(batch["inputs"].sum() % BATCHES == 7, factor, 1.0)
+      return sums | {"loss": Mean(sums["loss"].total * by, sums["loss"].weight)}
+
+  program.NextToken = Poisoned  # type: ignore[misc]
+
+
+def slow(owner: Any, name: str) -> None:
+  """Have one call of a function, after a few, take long."""
+  act, calls = getattr(owner, name), itertools.count()
+
+  def slowly(*arguments: Any, **named: Any) -> Any:
+    if next(calls) == FEW:
+      time.sleep(LONG)
+    return act(*arguments, **named)
+
+  setattr(owner, name, slowly)
+
+
+def main() -> None:
+  fault, entry, *sys.argv[1:] = sys.argv[1:]
+  from maxtext import trainer
+  from maxtext.checkpoints.folder import Folder
+  from maxtext.errors import run_cli
+
+  if fault in ("nan", "spike"):
+    poisoned(float("nan") if fault == "nan" else 30.0)
+  elif fault == "data":
+    slow(trainer, "place")
+  elif fault == "save":
+    slow(Folder, "publish")
+  else:
+    slow(importlib.import_module("maxtext.training.loop").jax, "device_get")
+  run_cli(importlib.import_module(f"maxtext.{entry}").main)
+
+
+if __name__ == "__main__":
+  main()
