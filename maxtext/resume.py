@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from maxtext import __version__, hosts
+from maxtext.checkpoints.folder import FACTS, LOSS
 from maxtext.config import Config
 from maxtext.config.decoder import spec
 from maxtext.config.values import brief, render
@@ -19,8 +20,7 @@ from maxtext.errors import CheckpointError, ConfigErrors
 from maxtext.hosts.sections import PLACE
 from maxtext.log import log
 
-FACTS, CONFIG, DATA = "facts", "config", "data"  # what a checkpoint holds beside the state
-LOSS = "eval_loss"  # the fact that is the evaluation's loss after just the checkpoint's steps
+CONFIG, DATA = "config", "data"  # what a checkpoint holds beside the state, and FACTS
 MODEL = "model"  # the fact that says what the decoder block file made of the sizes
 
 # Sections of which every key is part of what a run computes, and single keys of others that are.

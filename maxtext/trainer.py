@@ -17,6 +17,7 @@ import jax
 from maxtext import estimate, hardware, hlo, hosts, placement, program, resume, topology
 from maxtext import log as logs
 from maxtext.checkpoints import hub
+from maxtext.checkpoints.folder import FACTS, LOSS
 from maxtext.checkpoints.hub.loading import load
 from maxtext.checkpoints.hub.model import open_model
 from maxtext.checkpoints.manager import Checkpoints, preload, restore_parameters, restore_state
@@ -35,7 +36,7 @@ from maxtext.data.place import host_rows, place
 from maxtext.errors import CheckpointError, ConfigError, DataError
 from maxtext.log import log
 from maxtext.program import Program
-from maxtext.resume import CONFIG, DATA, FACTS
+from maxtext.resume import CONFIG, DATA
 from maxtext.serve.writer import Writer
 from maxtext.signals import Stop
 from maxtext.training.hooks import Evaluate, Histograms, Save
@@ -305,7 +306,7 @@ class Run:
     self.metrics.flush()  # a checkpoint must not know of steps that the metrics have lost
     facts = resume.facts(self.config, self.devices) | self.incidents.facts()
     if self.evaluate is not None and self.evaluate.at == finished:
-      facts[resume.LOSS] = self.evaluate.last
+      facts[LOSS] = self.evaluate.last
     state = self.batches.state()
     hosts.agree(
       {"data": f"the place in it {state}"}

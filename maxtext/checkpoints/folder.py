@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from maxtext.errors import CheckpointError
 from maxtext.log import log
 
 STATE = "state"  # the part of a step folder that Orbax writes
+FACTS, LOSS = "facts", "eval_loss"  # what a run notes beside it, and of that its evaluation
 _LITTER = re.compile(r"\d+\.(saving|deleting)")
 
 
@@ -122,14 +124,17 @@ class Folder:
     """Remove what a failed save has written, as far as that works."""
     shutil.rmtree(building, ignore_errors=True)
 
-  def retire(self, keep: int, latest: int) -> None:
-    """Delete complete steps but the newest `keep`, and never `latest`, the one just written.
+  def retire(self, keep: int, latest: int, period: int = -1, best: int = 0) -> None:
+    """Delete complete steps but the newest `keep`, those that `period` divides, the `best` by their
+    evaluation, and never `latest`, the one just written.
 
     What is damaged is neither counted nor deleted.
     """
     complete = [step for step in self.named() if self._complete(step)]
+    losses = {step: self._loss(step) for step in complete} if best else {}
+    kept = {latest, *sorted(losses, key=lambda step: (losses[step], -step))[:best]}
     for step in complete[:-keep]:
-      if step != latest:
+      if step not in kept and (period < 1 or step % period):
         self.drop(step)
 
   def drop(self, step: int) -> None:
@@ -150,6 +155,13 @@ class Folder:
       manifests.check_content(folder, manifest)
       self._whole[step] = prints
     return manifest
+
+  def _loss(self, step: int) -> float:
+    """What an evaluation of just this step has found; infinity where there was none."""
+    with contextlib.suppress(Damage, CheckpointError):
+      extra = read_extra(self.step(step), manifests.read(self.step(step)))
+      return float(extra.get(FACTS, {}).get(LOSS, math.inf))
+    return math.inf
 
   def _complete(self, step: int) -> bool:
     """Whether every file of a step is there in its size; their content is not read."""

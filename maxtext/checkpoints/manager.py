@@ -202,8 +202,9 @@ class Checkpoints:
     )
     self._folder.publish(building, step)
     self._folder.remember(step, manifest)
-    if self._section.max_num_checkpoints_to_keep > 0:
-      self._folder.retire(self._section.max_num_checkpoints_to_keep, step)
+    if (keep := self._section.max_num_checkpoints_to_keep) > 0:
+      period, best = self._section.checkpoint_keep_period, self._section.checkpoint_keep_best
+      self._folder.retire(keep, step, period, best)
     return manifest.size
 
   def _abandon(self, building: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from maxtext.bounds import Count, CountOrOff
+from maxtext.bounds import Count, CountOrOff, Whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +14,8 @@ class Checkpoint:
   async_checkpointing: bool
   checkpoint_period: Count
   max_num_checkpoints_to_keep: CountOrOff
+  checkpoint_keep_period: CountOrOff
+  checkpoint_keep_best: Whole
   save_checkpoint_on_start: bool
   save_checkpoint_on_completion: bool
   load_parameters_path: str

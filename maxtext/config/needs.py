@@ -163,6 +163,18 @@ NEEDS = (
     lambda c: c.training.skip_step_on_spikes,
   ),
   Need(
+    ("checkpoint_keep_period", "checkpoint_keep_best"),
+    "a max_num_checkpoints_to_keep above 0",
+    "max_num_checkpoints_to_keep",
+    lambda c: c.checkpoint.max_num_checkpoints_to_keep > 0,
+  ),
+  Need(
+    ("checkpoint_keep_best",),
+    "an eval_interval of at least 1",
+    "eval_interval",
+    lambda c: c.eval.eval_interval > 0,
+  ),
+  Need(
     ("watchdog_restart",),
     "a watchdog_timeout_seconds above 0",
     "watchdog_timeout_seconds",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -14,11 +15,14 @@ from maxtext.checkpoints.folder import Folder, locate
 from maxtext.errors import CheckpointError
 
 
-def save(folder: Folder, step: int) -> None:
-  building = folder.prepare(step)
+def save(folder: Folder, step: int, loss: float | None = None) -> None:
+  building, extra = folder.prepare(step), {}
+  if loss is not None:
+    (building / "facts.json").write_text(json.dumps({"eval_loss": loss}))
+    extra = {"facts": "facts.json"}
   (building / "state").mkdir()
   (building / "state" / "data").write_bytes(f"step {step}".encode() * 100)
-  manifest = manifests.write(building, step, (), {})
+  manifest = manifests.write(building, step, (), extra)
   folder.publish(building, step)
   folder.remember(step, manifest)
 
@@ -115,6 +119,15 @@ def test_the_oldest_retire_and_what_is_damaged_does_not_count(folder):
   folder.retire(keep=2, latest=40)
   assert folder.named() == [20, 30, 40]
   assert folder.steps() == (20, 40)
+
+
+def test_each_so_many_steps_and_the_best_of_those_evaluated_stay(folder):
+  for step, loss in ((40, 2.0), (50, 1.0), (60, 3.0), (70, 1.5), (80, None)):
+    save(folder, step, loss)
+  folder.retire(keep=1, latest=80, period=30, best=2)
+  assert folder.steps() == (30, 50, 60, 70, 80)
+  folder.retire(keep=1, latest=80, best=1)
+  assert folder.steps() == (50, 80)
 
 
 def test_the_step_just_written_never_retires(folder):

@@ -33,7 +33,7 @@ def state(step):
   return {"step": step, "params": {f"w{n}": w(n) for n in range(6)}, "opt_state": {"mu": w(9)}}
 
 def checkpoints(**changes):
-  section = Checkpoint(True, True, 1, 2, False, True, "", "", True, True)
+  section = Checkpoint(True, True, 1, 2, -1, 0, False, True, "", "", True, True)
   return Checkpoints(Path(sys.argv[1]), dataclasses.replace(section, **changes))
 """
 
@@ -62,7 +62,10 @@ def kills(directory, count: int, rng: random.Random) -> None:
   """Train, kill at a random moment, hold what is there against the truth; `count` times."""
   namespace: dict = {}
   exec(PRELUDE, namespace)
-  state, section = namespace["state"], Checkpoint(True, True, 1, 2, False, True, "", "", True, True)
+  state, section = (
+    namespace["state"],
+    Checkpoint(True, True, 1, 2, -1, 0, False, True, "", "", True, True),
+  )
   reached = None
   for trial in range(count):
     process = start(directory, TRAIN)
