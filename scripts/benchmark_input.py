@@ -4,14 +4,17 @@
 
 For every packing, rounds of ours and of Grain's take turns, so that what else the machine does
 falls on both. Grain is given the tokens as a list of arrays, and uses its own shuffle, packers,
-batch and reading thread. A ratio above 1 says that ours is faster: the median over the rounds.
+batch and reading thread. Then the same with prepared files: ours by dataset_type=grain, Grain's by
+its ArrayRecordDataSource. A ratio above 1 says that ours is faster: the median over the rounds.
 """
 
 from __future__ import annotations
 
+import glob
 import itertools
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +23,7 @@ import grain
 import numpy as np
 from grain import experimental
 
-from maxtext import config
+from maxtext import config, prepare
 from maxtext.data.corpus import Tokens
 from maxtext.data.pipeline import open_corpus, train_batches
 from maxtext.data.plans import BINS
@@ -45,10 +48,23 @@ def pieces(tokens: Tokens, longest: int) -> list[dict[str, np.ndarray]]:
   return found
 
 
+def records(files: list[str]) -> Any:
+  """The ids in prepared files, one document after the other."""
+  read = grain.MapDataset.source(grain.sources.ArrayRecordDataSource(files))
+  return read.map(lambda record: np.frombuffer(record, np.int32))
+
+
 def alone(tokens: Tokens, data: Data, rows: int, length: int) -> Iterator[Any]:
   """Grain without us."""
   whole = data.packing and data.grain_packing_type == "concat_then_split"
-  source = grain.MapDataset.source(pieces(tokens, sys.maxsize if whole else length))
+  return batched(
+    grain.MapDataset.source(pieces(tokens, sys.maxsize if whole else length)), data, rows, length
+  )
+
+
+def batched(source: Any, data: Data, rows: int, length: int) -> Iterator[Any]:
+  """Documents in order -> batches, by Grain's own parts."""
+  whole = data.packing and data.grain_packing_type == "concat_then_split"
   source = source.shuffle(seed=data.data_shuffle_seed).repeat()
   lengths = {"inputs": length, "targets": length}
   if not data.packing:
@@ -88,15 +104,37 @@ def compare(arguments: list[str], rounds: int) -> str:
   rows = int(settings.training.per_device_batch_size)
   corpus = open_corpus(data)
   assert isinstance(corpus.train, Tokens), "dataset_type=text is compared"
-  ours, theirs = train_batches(corpus, data, rows, length), alone(corpus.train, data, rows, length)
+  theirs = alone(corpus.train, data, rows, length)
+  return ratio("memory", train_batches(corpus, data, rows, length), theirs, rounds, settings)
+
+
+def compare_prepared(arguments: list[str], folder: str, rounds: int) -> str:
+  """The same of files that are read as they are needed; only whole documents, which Grain's
+  ConcatThenSplit cuts as it goes.
+  """
+  files = ["dataset_type=grain", f"grain_train_files={folder}/train-*", "eval_fraction=0"]
+  settings = config.load([*arguments, *files])
+  data, length = settings.data, settings.training.max_target_length
+  rows = int(settings.training.per_device_batch_size)
+  read = records(sorted(glob.glob(f"{folder}/train-*.array_record")))
+  theirs = batched(
+    read.map(lambda ids: {"inputs": ids[:-1], "targets": ids[1:]}), data, rows, length
+  )
+  ours = train_batches(open_corpus(data), data, rows, length)
+  return ratio("prepared", ours, theirs, rounds, settings)
+
+
+def ratio(where: str, ours: Any, theirs: Any, rounds: int, settings: config.Config) -> str:
+  data, length = settings.data, settings.training.max_target_length
+  rows = int(settings.training.per_device_batch_size)
   clock(ours), clock(theirs)
   times = [(clock(ours), clock(theirs)) for _ in range(rounds)]
   wall, cpu = (statistics.median(b[i] / a[i] for a, b in times) for i in range(2))
   speeds = [BATCHES * rows * length / statistics.median(t[i][0] for t in times) for i in range(2)]
   kind = data.grain_packing_type if data.packing else "packing=false"
   return (
-    f"{data.tokenizer_type:5}{kind:20} ours {speeds[0] / 1e6:6.2f} M tokens/s, Grain alone "
-    f"{speeds[1] / 1e6:6.2f}; ratio {wall:.2f} (of CPU time {cpu:.2f})"
+    f"{where:9}{data.tokenizer_type:5}{kind:20} ours {speeds[0] / 1e6:6.2f} M tokens/s, Grain "
+    f"alone {speeds[1] / 1e6:6.2f}; ratio {wall:.2f} (of CPU time {cpu:.2f})"
   )
 
 
@@ -106,6 +144,11 @@ def main(arguments: list[str]) -> None:
     rounds = int(arguments.pop(0).removeprefix("rounds="))
   for packing in PACKINGS:
     print(compare([*arguments, *packing], rounds), flush=True)
+  with tempfile.TemporaryDirectory() as place:
+    words = [word for word in arguments if not word.startswith("tokenizer_")]
+    prepare.main([f"{place}/prepared", *words, "tokenizer_type=byte"])
+    words = [word for word in words if not word.startswith(("dataset_", "text_column"))]
+    print(compare_prepared([*words, *PACKINGS[0]], f"{place}/prepared", rounds), flush=True)
 
 
 if __name__ == "__main__":

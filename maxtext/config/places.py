@@ -13,6 +13,7 @@ from maxtext.config.checks import Problem, Purpose
 from maxtext.config.config import Config
 from maxtext.config.documents import shown as place
 from maxtext.config.values import brief, shown
+from maxtext.errors import closest
 
 LOADED = ("load_parameters_path", "load_full_state_path")
 PATHS = (
@@ -22,6 +23,8 @@ PATHS = (
   "dataset_path",
   "tokenizer_path",
   "tokenizer_cache_dir",
+  "dataset_cache_dir",
+  "grain_train_mixture_config_path",
   *LOADED,
   "prompts_file",
   "compiled_trainstep_file",
@@ -84,6 +87,12 @@ def _read(config: Config) -> Iterator[Problem]:
   if data.dataset_type == "text" and (path := data.dataset_path) and not _is_there(path):
     offer = "name a file, folder or glob, or leave it empty for the embedded corpus"
     yield "dataset_path", f"{shown(path)}: no such file or folder; {offer}"
+  for key in ("grain_train_files", "grain_eval_files", "grain_train_mixture_config_path"):
+    for part in filter(None, getattr(data, key).split(";")):
+      path = (part.strip().rpartition(",")[0] if ";" in getattr(data, key) else "") or part
+      if "://" not in path and not _is_there(path):
+        offer = _near(path) or "; name a file, a folder or a quoted glob"
+        yield key, f"{shown(path)}: no such file{offer}"
   own = os.path.join(config.run.base_output_directory, config.run.run_name)
   named = {key: path for key in LOADED if (path := getattr(checkpoint, key))}
   for key, path in named.items():
@@ -97,6 +106,13 @@ def _read(config: Config) -> Iterator[Problem]:
       yield key, f"{shown(path)}: {problem}"
     elif not (hub.is_model(path) or promising(path) or promising(own)):  # `own` would go on
       yield key, f"{shown(path)}: there is no checkpoint in it; {offer}"
+
+
+def _near(path: str) -> str:
+  """`, did you mean 'x'?` for a file of the same folder that is named alike."""
+  folder, name = os.path.split(os.path.expanduser(path))
+  folder = folder or "."
+  return closest(name, os.listdir(folder) if os.path.isdir(folder) else [])
 
 
 def _is_there(path: str) -> bool:

@@ -26,12 +26,16 @@ class Budget:
     self._setting, self.documents = setting, documents
     self.skipped = 0  # alike on all hosts, since it changes what follows
     self._blanked = 0
+    self._last = ""
 
   def skip(self, error: Damaged, read: int, blanked: bool = False) -> None:
     """Pass over one document after `read`. Raises DataError where that is one too many.
 
     One that is `blanked` keeps its place in a row of this host's, as padding.
     """
+    if blanked and error.where == self._last:  # in the next row again
+      return
+    self._last = error.where
     what = f"{error.where}: {error.problem}"
     if self._setting == "stop":
       raise DataError(f"{what}; mend it, or let a run pass over some by data_errors=NUMBER")

@@ -211,4 +211,5 @@ class SourceFeed:
     assert isinstance(file, ArrayRecords)
     if length < 2:
       raise Damaged(file.where(row), "a single token, which leaves nothing to predict")
-    return length - 1, functools.partial(prepared.tokens, file, row, length, crc)
+    # kept with the document, for the rows that it goes on in
+    return length - 1, functools.cache(lambda: prepared.tokens(file, row, length, crc))

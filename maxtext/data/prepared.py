@@ -21,7 +21,7 @@ from maxtext.data.errors import Damaged
 from maxtext.data.records import ArrayRecords, File, brief
 from maxtext.errors import DataError
 
-MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST, INDEX, FORMAT = "manifest.json", ".index.npy", 1
 
 
 def manifest(folder: str) -> dict[str, Any] | None:
@@ -111,4 +111,4 @@ def sha256(path: Path) -> str:
 
 
 def _index_of(path: Path) -> Path:
-  return path.with_name(f"{path.name}.index.npy")
+  return path.with_name(f"{path.name}{INDEX}")

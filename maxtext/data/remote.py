@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from maxtext.data.prepared import INDEX, MANIFEST
 from maxtext.data.records import brief, package
 from maxtext.errors import DataError
 
@@ -43,10 +44,16 @@ def find(where: str, pattern: str, cache: str) -> list[tuple[str, str]]:
 def _copy(system: Any, name: str, cache: str) -> Path:
   """The file of a name and of the version that is there now, copied once."""
   key = hashlib.sha256(f"{name} {system.ukey(name)}".encode()).hexdigest()[:24]
-  path = Path(cache).expanduser() / key / name.rsplit("/", 1)[-1]
+  folder, _, last = name.rpartition("/")
+  path = Path(cache).expanduser() / key / last
   if not path.is_file():
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
-      system.get_file(name, str(Path(scratch, "file")))
-      os.replace(Path(scratch, "file"), path)
+    beside = [
+      f"{folder}/{MANIFEST}",
+      f"{name}{INDEX}",
+    ]  # of prepared files; the file itself is last
+    for each in [*filter(system.isfile, beside), name]:
+      with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+        system.get_file(each, str(Path(scratch, "file")))
+        os.replace(Path(scratch, "file"), path.parent / each.rpartition("/")[2])
   return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import glob
 import hashlib
 import json
@@ -35,7 +36,7 @@ class Source:
   def __len__(self) -> int:
     return len(self.kept)
 
-  @property
+  @functools.cached_property
   def firsts(self) -> np.ndarray:
     """[files + 1]: the number of each file's first record."""
     return np.cumsum([0, *(file.count for file in self.files)])
@@ -96,6 +97,8 @@ def find(key: str, pattern: str, kind: str, columns: Sequence[str], cache: str) 
   found = remote.find(where, pattern, cache) if remote.is_url(pattern) else _here(where, pattern)
   files = []
   for path, shown in found:
+    if shown.endswith(prepared.INDEX):
+      continue
     one = kind_of(os.path.basename(shown)) if kind == "auto" else kind
     if one is None:
       raise DataError(f"{where}: the name {shown} does not say its kind; set grain_file_type")

@@ -156,6 +156,8 @@ COMMAND_LINES = [
     "dataset_type=grain grain_train_files=. data_errors=1%",
     "data_errors: '1%' is neither stop, nor a number, as 100, nor a share",
   ),
+  ("dataset_type=grain grain_train_files=bsae.yml", "no such file, did you mean 'base.yml'?"),
+  ("dataset_type=grain grain_train_files=x/*,1;base.yml,1", "files: 'x/*': no such file; name"),
   ("hf_path=.", "hf_path: has an effect only with dataset_type=hf"),
   ("grain_worker_count=2", "grain_worker_count: has an effect only with dataset_type=grain or hf"),
   ("dataset_type=Text", "dataset_type: 'Text' is not known, did you mean 'text'?"),

@@ -3,10 +3,11 @@
 import json
 import shutil
 
+import fsspec
 import numpy as np
 import pytest
 
-from maxtext import config, prepare
+from maxtext import prepare
 from maxtext.data import feeds
 from maxtext.data.corpus import open_corpus
 from maxtext.data.pipeline import eval_batches, train_batches
@@ -55,11 +56,18 @@ def test_what_was_prepared_is_what_is_tokenised_on_the_way(made, source, packer)
   np.testing.assert_array_equal(next(half)["inputs"], expected[0]["inputs"][2:])
 
 
+def test_prepared_files_may_be_at_a_url(made, tmp_path):
+  fsspec.filesystem("memory").put(f"{made}/*", "/prepared/")
+  found = batches(reading("memory://prepared", dataset_cache_dir=str(tmp_path)))
+  for one, other in zip(found, batches(reading(made)), strict=True):
+    np.testing.assert_array_equal(one["inputs"], other["inputs"])
+
+
 def test_text_is_prepared_too(tmp_path):
   for n, content in enumerate(texts(12)):
     (tmp_path / f"{n}.txt").write_text(content)
   assert prepare.main([str(tmp_path / "out"), f"dataset_path={tmp_path}", "eval_fraction=0"]) == 0
-  found = documents(batches(streamed(f"{tmp_path}/out/train-*.array_record")))
+  found = documents(batches(streamed(f"{tmp_path}/out/train-*")))
   assert sorted(found) == sorted(texts(12))
 
 
@@ -115,6 +123,8 @@ def test_a_record_of_another_checksum_is_padding_in_its_place_or_the_end(copy):
   rows = list(batches(data, 1, 400))
   empty = [n for n, row in enumerate(rows) if not row["inputs"].any()]
   assert empty == [7]
+  data = reading(copy, None, enable_data_shuffling=False, data_errors="1")
+  assert len(list(batches(data, 1, 9))) > 200  # a document of several rows is damaged once
 
 
 BROKEN = {
@@ -177,4 +187,3 @@ def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(tmp_path, source,
 def test_the_configuration_is_loaded_as_for_training(tmp_path):
   with pytest.raises(ConfigError, match="did you mean 'grain_train_files'"):
     prepare.main([str(tmp_path / "out"), "grain_train_file=x"])
-  assert config.load(["dataset_type=grain", "grain_train_files=x"]).data.num_epoch == -1
