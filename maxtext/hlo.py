@@ -73,10 +73,15 @@ class Line:
     return found[1] if found else None
 
 
-def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-  """All that the compiled program `text` sends, on a mesh of these sizes by axis."""
+def collectives(
+  text: str, mesh: Mapping[str, int], slices: Mapping[str, int] | None = None
+) -> list[Collective]:
+  """All that the compiled program `text` sends, on a mesh of these sizes by axis, of which those
+  over `slices` are joined by their hosts.
+  """
   entry, computations = parse(text)
-  return list(_sent(entry, _Program(computations, dict(mesh), set())))
+  over = tuple(axis for axis, size in (slices or {}).items() if size > 1)
+  return list(_sent(entry, _Program(computations, dict(mesh), set(), over)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,7 @@ class _Program:
   computations: Mapping[str, list[Line]]
   mesh: dict[str, int]
   chains: set[str]
+  over: tuple[str, ...] = ()
 
   def chain(self, line: Line) -> str | None:
     """That of the collective that a fusion has a part of."""
@@ -98,7 +104,7 @@ class _Program:
   def beside(self, lines: list[Line], begin: int) -> int | None:
     """The cycles of what is computed between the beginning of a collective and its end."""
     line, end = lines[begin], begin
-    if line.op.endswith("-start"):
+    if line.op == "recv" or line.op.endswith("-start"):
       done = lambda other: other.op.endswith("-done") and line.name in other.operands
       end = next((i for i, other in enumerate(lines) if done(other)), begin)
     elif chain := self.chain(line):
@@ -158,6 +164,10 @@ def _sent(name: str, program: _Program) -> Iterator[Collective]:
         kind, line = "reduce-scatter", dataclasses.replace(line, made=lines[-1].made)
       if (one := _collective(kind, line, program.mesh)).axes:  # else each device is by itself
         yield dataclasses.replace(one, beside=program.beside(lines, begin))
+    elif line.op == "recv" and (across := re.search(r'megascale_transfer_type="(\w+)"', line.rest)):
+      one = _collective(across[1].lower().replace("_", "-"), line, program.mesh, first=True)
+      beside = program.beside(lines, begin)
+      yield dataclasses.replace(one, axes=program.over, beside=beside)
     elif line.op == "while":
       trips = trips_of(line.rest, program.computations)
       body = re.search(r"body=%?([\w.\-]+)", line.rest)
@@ -166,7 +176,7 @@ def _sent(name: str, program: _Program) -> Iterator[Collective]:
     elif line.op == "conditional":
       branches = [list(_sent(branch, program)) for branch in branches_of(line.rest)]
       yield from max(branches, key=lambda sent: sum(one.times * one.size for one in sent))
-    elif line.op in ("fusion", "call", "async-start", "custom-call"):
+    elif line.op in ("fusion", "call", "call-start", "async-start", "custom-call"):
       beside = program.beside(lines, begin)
       for one in _sent(line.called, program) if line.called else ():
         yield dataclasses.replace(one, beside=one.beside if beside is None else beside)
@@ -191,8 +201,9 @@ def branches_of(rest: str) -> list[str]:
   return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", rest)
 
 
-def _collective(kind: str, line: Line, mesh: dict[str, int]) -> Collective:
-  arrays = re.findall(r"([a-z]\w*)\[([\d,]*)\]", line.made)
+def _collective(kind: str, line: Line, mesh: dict[str, int], first: bool = False) -> Collective:
+  """Of what it makes, all counts, or the `first` array alone."""
+  arrays = re.findall(r"([a-z]\w*)\[([\d,]*)\]", line.made)[: 1 if first else None]
   if line.op.endswith("-start") and len(arrays) > 1:  # (operands, results, ...)
     arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
   shapes = [tuple(int(n) for n in dims.split(",") if n) for _, dims in arrays]

@@ -408,7 +408,8 @@ class Run:
     costs = dataclasses.replace(costs, step=estimate.of_step(self.program))
     log.info(str(self.corpus))
     if self.config.mesh.debug_sharding:
-      log.info(hlo.table(hlo.collectives(step.as_text(), mesh.shape)))
+      slices = self.config.mesh.dcn()
+      log.info(hlo.table(hlo.collectives(step.as_text(), mesh.shape, slices)))
     if (path := self.config.compile.report_file) and not jax.process_index():
       keep(report.of(self.program, step, 0.0), path)
     if (tiles := self.program.objective.tiles) > 1:

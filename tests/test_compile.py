@@ -15,7 +15,7 @@ import pytest
 
 from maxtext import compile as compiling
 from maxtext import config, hlo, program, topology
-from maxtext.compiled import executable, noting, plot, report, reported, words
+from maxtext.compiled import executable, noting, plot, report, reported, schedule, words
 from maxtext.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +153,26 @@ ENTRY %main (y: f32[8]) -> f32[8] {
   ROOT %called = f32[8]{0} call(%y), to_apply=%body
 }
 """
+
+
+BETWEEN_SLICES = """\
+HloModule slices
+
+ENTRY %main (y: f32[8]) -> f32[8] {
+  %y = f32[8]{0} parameter(0)
+  %sent = (f32[8]{0}, u32[], token[]) send(%y), _xla_megascale_transfer_type="ALL_REDUCE"
+  %got = (f32[8]{0}, u32[], token[]) recv(%y), _xla_megascale_transfer_type="ALL_REDUCE"
+  %beside = f32[8]{0} fusion(%y), kind=kLoop, backend_config={"estimated_cycles":"9"}
+  %done = (f32[8]{0}, token[]) recv-done(%got)
+  ROOT %all = f32[8]{0} get-tuple-element(%done), index=0
+}
+"""
+
+
+def test_what_hosts_send_between_slices_is_counted_once_over_the_axes_of_slices():
+  (one,) = hlo.collectives(BETWEEN_SLICES, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 1})
+  assert (one.kind, one.axes, one.size, one.beside) == ("all-reduce", ("data",), 32, 9)
+  assert 64 <= schedule.profile(BETWEEN_SLICES).peak < 80  # what comes, what is beside, handles
 
 
 def test_a_collective_overlaps_what_is_computed_between_its_two_halves():

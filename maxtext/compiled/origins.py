@@ -28,7 +28,7 @@ class Noting(Layout):
 
   def sharding(self, axes: sharding.Axes, shape: Sequence[int], name: str = "") -> NamedSharding:
     place = super().sharding(axes, shape, name)
-    if name:  # parameters and batches say themselves what they are
+    if not str(axes[0] if axes else "").startswith("activation"):  # parameters have names
       return place
     here = place.shard_shape(tuple(shape))
     self.noted.setdefault(_squeezed(here), tuple(axes))

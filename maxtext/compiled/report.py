@@ -124,7 +124,7 @@ def of(built: Program, compiled: Any, cpu_seconds: float) -> Report:
   walked = profile(text)
   memory = _memory(built, compiled, walked)
   origins = Origins(text, built.layout, built.plan.declared)
-  collectives = hlo.collectives(text, built.layout.mesh.shape)
+  collectives = hlo.collectives(text, built.layout.mesh.shape, built.config.mesh.dcn())
   work = _work(built, walked)
   return Report(
     run=describe(built),

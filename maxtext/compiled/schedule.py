@@ -149,13 +149,13 @@ class _Walk:
     if line.op == "parameter" and number < len(arguments):
       return arguments[number]
     if line.op == "get-tuple-element":
-      index = re.search(r"index=(\d+)", line.rest)
-      whole = operands[0]
-      assert index and isinstance(whole, list)
-      return whole[int(index[1])]
+      index, whole = re.search(r"index=(\d+)", line.rest), operands[0]
+      return whole[int(index[1])] if index and isinstance(whole, list) else whole
     if line.op == "tuple":
       return operands
     if line.op in ("bitcast", "optimization-barrier", "while", "domain"):
+      return operands[0]
+    if line.op in ("send-done", "recv-done"):  # (what was received, a token)
       return operands[0]
     if line.op.endswith("-done") and isinstance(operands[0], list):
       return operands[0][0 if line.op == "copy-done" else 1]
