@@ -55,13 +55,17 @@ def partial(product: Callable[..., jax.Array], axes: sharding.Axes, *rows: jax.A
   if layout is None or not (tokens := layout.token_axes):
     return product(*rows)[None]
 
-  # over the other axes it stays one program
-  run = sharding.by_device(
-    lambda *rows: product(*rows)[None],
-    layout.tokens,
-    PartitionSpec(tokens),
-    (*tokens, *layout.around),
-  )
+  def one(*rows: jax.Array) -> jax.Array:
+    with sharding.use(None):
+      return product(*rows)[None]
+
+  if layout.explicit:  # types of parts over some axes forget the others
+    inputs = tuple(PartitionSpec(*layout.tokens, *jax.typeof(x).sharding.spec[2:]) for x in rows)
+    outputs = PartitionSpec(tokens, *jax.eval_shape(product, *rows).sharding.spec)
+    run = sharding.by_device(one, inputs, outputs)
+  else:  # over the other axes it stays one program
+    over = (*tokens, *layout.around)
+    run = sharding.by_device(one, layout.tokens, PartitionSpec(tokens), over)
   shares = run(*rows)
   return sharding.place(
     shares, PartitionSpec(tokens, *layout.gathered(axes, shares.shape[1:]).spec)

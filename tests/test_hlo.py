@@ -225,16 +225,16 @@ GOLDEN: dict[str, tuple[str, dict[str, int]]] = {
 
 
 @functools.cache
-def compiled(layout):
-  keys = GOLDEN[layout][0].split()
+def compiled(layout, *more):
+  keys = [*GOLDEN[layout][0].split(), *more]
   built = program.build(config.load([*COMMON, *keys], {}), jax.devices()[:8])
   rows = built.batch(built.config.training.global_batch(8))
   text = built.step.lower(built.state, rows).compile().as_text()
   return built, hlo.collectives(text, built.layout.mesh.shape)
 
 
-def counted(layout):
-  _, sent = compiled(layout)
+def counted(layout, *more):
+  _, sent = compiled(layout, *more)
   return {" ".join((kind, *axes)): times for kind, axes, times, _ in hlo.totals(sent)}
 
 
@@ -246,6 +246,17 @@ LAYOUTS = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) fo
 def test_a_step_sends_what_it_should_and_no_more(layout):
   """The counts are those of the programs as they were when each layout was held to one device."""
   assert counted(layout) == GOLDEN[layout][1]
+
+
+@pytest.mark.parametrize(
+  "layout",
+  [
+    "fsdp tensor",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("data fsdp tensor", "context")),
+  ],
+)
+def test_types_that_say_the_layout_have_as_much_sent(layout):
+  assert counted(layout, "shard_mode=explicit") == GOLDEN[layout][1]
 
 
 def test_a_weight_is_gathered_once_each_way_and_its_gradient_added_up_once():
