@@ -152,7 +152,9 @@ def exhausted(built: Program, error: Exception, cpu_seconds: float) -> Report:
   held = estimate.bytes_per_device
   parameters, optimizer, batch = map(held, (state.params, state.opt_state, built.batch(rows)))
   given = parameters + optimizer + batch
-  needed = max([estimate.of_step(built).total, given, *sizes])
+  step = estimate.of_step(built)
+  needed = max([step.total, given, *sizes])
+  kinds = {"gradients": step.grads, "activations kept": step.activations, "at work": step.work}
   memory = Memory(
     arguments=given,
     parameters=parameters,
@@ -167,6 +169,8 @@ def exhausted(built: Program, error: Exception, cpu_seconds: float) -> Report:
     compile_cpu_seconds=round(cpu_seconds, 1),
     memory=memory,
     largest=tuple(_largest(built, Profile(), None)),
+    at=f"{step.point}, by estimate: "
+    + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in kinds.items()),
     advice=tuple(advise(built, needed)),
     problem=word,
   )

@@ -42,7 +42,9 @@ def remedies(loaded: Config, size: int, devices: int, chip: Chip, needed: int) -
   off = needed / now.bytes.total if now else 1.0
   changes = list(lighter(loaded))
   changes += [{"remat_policy": name} for name in SAVED if name != "full"]
-  changes.append({key: value for change in lighter(loaded) for key, value in change.items()})
+  single = [{}, *lighter(loaded)]
+  changes += [single[1] | other for other in single[2:]]
+  changes.append({key: value for change in single for key, value in change.items()})
   found: dict[str, Layout] = {}
   for change in changes:
     other = made(model_of(loaded.changed(**change), size), keys, devices, chip)
