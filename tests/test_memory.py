@@ -36,6 +36,7 @@ MLA = (
   "kv_lora_rank=96 qk_nope_head_dim=40 qk_rope_head_dim=24 v_head_dim=48 base_num_kv_heads= "
   "head_dim= base_mlp_dim="
 )
+STAGES = "ici_fsdp_parallelism=2 ici_pipeline_parallelism=4 base_num_decoder_layers=8"
 CASES = {
   "dense": F32,
   "dense, all kept": f"{F32} {NONE}",
@@ -64,6 +65,11 @@ CASES = {
   "learned positions": "decoder_block=gpt3 trainable_position_size=512 base_num_kv_heads=6",
   "windows": "decoder_block=gemma3 sliding_window_size=64 base_num_decoder_layers=12 "
   "logits_via_embedding=true",
+  "stages": f"{STAGES} num_pipeline_microbatches=8 {F32}",
+  "stages, all once": STAGES,
+  "stages, twice": f"{STAGES} num_pipeline_repeats=2 {FULL}",
+  "stages, experts": f"{MOE} ici_fsdp_parallelism=2 ici_expert_parallelism=2 "
+  "ici_pipeline_parallelism=2 base_num_decoder_layers=4 num_pipeline_microbatches=4",
 }
 FAST = ("bf16, minimal", "wide, accumulated", "experts, nothing kept")
 

@@ -41,16 +41,31 @@ def accepted(keys):
 @pytest.mark.parametrize("model, axes", [(TINY, ()), (EXPERTS, ("expert",))], ids=["dense", "moe"])
 def test_the_layouts_are_those_that_training_accepts(model, axes):
   """Every product of the axes is listed, or is refused by training itself."""
-  names = ("data", "fsdp", "tensor", "context", *axes)
+  names = ("data", "stage", "fsdp", "tensor", "context", *axes)
+  keys = [config.load(model, {}).mesh.keys(axis)[0] for axis in names]
   found = {tuple(layout.sizes.get(a, 1) for a in names) for layout in listed(model)}
   every = [s for s in itertools.product((1, 2, 4, 8), repeat=len(names)) if _product(s) == 8]
   wanted = {
     sizes
     for sizes in every
-    if accepted([*model, *(f"ici_{a}_parallelism={n}" for a, n in zip(names, sizes))])
+    if accepted([*model, *(f"{key}={n}" for key, n in zip(keys, sizes))])
     and sizes[names.index("context")] <= 4  # of 512 tokens, 128 on a device
   }
   assert 3 < len(wanted) < len(every) and found == wanted
+
+
+def test_an_idle_stage_costs_the_time_that_it_is_idle():
+  """Of eight layers in stages, of which eight times the microbatches leave an eighth."""
+  keys = [word for word in TINY if "layers" not in word and "per_device" not in word]
+  keys += ["base_num_decoder_layers=8", "per_device_batch_size=8", "ici_fsdp_parallelism=2"]
+  found = {
+    layout.keys.get("num_pipeline_microbatches", 4): layout.seconds.compute
+    for layout in listed([*keys, "ici_pipeline_parallelism=4"])
+  }
+  whole = next(x.seconds.compute for x in listed([*keys, "ici_data_parallelism=4"]))
+  # the unembedding is not in stages: idle is a share of the layers' time alone
+  idle = {n: time / whole - 1 for n, time in found.items()}
+  assert idle[4] == pytest.approx(8 * idle[32]) and 0 < idle[4] < 3 / 4
 
 
 def _product(sizes):

@@ -15,12 +15,13 @@ from maxtext.estimate.chips import Chip
 from maxtext.estimate.flops import step_flops
 from maxtext.estimate.memory import Bytes, Model, Parts
 from maxtext.estimate.roofline import Network, Seconds, seconds
+from maxtext.layers.schedule import STAGE
 from maxtext.mesh import WORKING
 from maxtext.sharding import Rules
 from maxtext.training.optimizers import make_optimizer
 from maxtext.training.schedules import make_schedule
 
-USUAL = ("data", "fsdp", "tensor", "context", "expert")
+USUAL = ("data", "stage", "fsdp", "tensor", "context", "expert")
 FULL = 0.95  # of a chip's memory: the rest is the runtime's
 SHORTEST = 128  # tokens of a row on a device, below which splitting it further is no use
 
@@ -76,8 +77,19 @@ def _candidates(model: Model, devices: int) -> Iterator[dict[str, int]]:
   open_axes = [a for a in axes if a not in typed or fixed[mesh.keys(a)[0]] == -1]
   left = each // math.prod(size for size in fixed.values() if size != -1)
   most = {"context": max(config.training.max_target_length // SHORTEST, 1)}
+  most[STAGE] = copies = model.spec.stages[model.spec.longest].repeat
   for sizes in _products(left, [most.get(a, left) for a in open_axes]):
-    yield fixed | {mesh.keys(a)[0]: size for a, size in zip(open_axes, sizes)}
+    keys = fixed | {mesh.keys(a)[0]: size for a, size in zip(open_axes, sizes)}
+    stages = keys.get(mesh.keys(STAGE)[0], 1) * mesh.dcn().get(STAGE, 1)
+    if copies % stages:  # refused, as are others further on that cost more to tell
+      continue
+    yield keys
+    if stages > 1 and config.pipeline.num_pipeline_microbatches == -1:
+      others = [a for a in mesh.logical_axis_rules["activation_batch"] if a != STAGE]
+      rows = config.training.micro_batch(devices) // stages
+      rows //= math.prod(keys.get(mesh.keys(a)[0], 1) for a in others)
+      if (times := math.gcd(8, rows)) > 1:
+        yield keys | {"num_pipeline_microbatches": times * stages}
 
 
 def _products(total: int, most: list[int]) -> Iterator[tuple[int, ...]]:
@@ -94,7 +106,7 @@ def made(model: Model, keys: dict[str, int], devices: int, chip: Chip) -> Layout
   """The layout of these settings, or None where training would refuse it."""
   ones = dict.fromkeys((model.config.mesh.keys(axis)[0] for axis in model.config.mesh.mesh_axes), 1)
   config = model.config.changed(**(ones | keys))
-  mesh = config.mesh
+  model, given, mesh = dataclasses.replace(model, config=config), model.config.values, config.mesh
   if next(on_devices(config, devices), None) is not None:
     return None
   sizes = {axis: size for axis, size in mesh.sizes(devices).items() if size > 1}
@@ -111,6 +123,5 @@ def made(model: Model, keys: dict[str, int], devices: int, chip: Chip) -> Layout
   time = seconds(model, parts, Network(chip, sizes, mesh.dcn()), held, rows)
   length, passes = config.training.max_target_length, config.training.gradient_accumulation_steps
   needed = passes * step_flops(model.spec, rows * length, length).total
-  given = vars(model.config.mesh)
   shown = {k: n for k, n in keys.items() if n > 1 or given[k] != 1}
   return Layout(sizes, shown, held, time, needed / devices / chip.flops / time.total)

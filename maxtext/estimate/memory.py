@@ -17,6 +17,7 @@ import optax
 
 from maxtext.config import Config
 from maxtext.kernels import LONG
+from maxtext.layers.schedule import STAGE, Schedule
 from maxtext.layers.stacking import INPUT, spared
 from maxtext.sharding import Declared, Rules, names_of, split_further
 from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, DeltaSpec, MlpSpec, Stage
@@ -56,8 +57,8 @@ class Parts:
   def joined(self, p: Declared) -> int:
     """Elements of a parameter, or of one layer of it, as a device uses it; experts stay split."""
     apart = tuple(m for m in self.tokens if "exp" not in p.axes or m not in self.rules["exp"])
-    size = math.prod(p.shape) // self.ways(*p.axes, without=apart)
-    return size * self.ways(p.axes[0]) // p.shape[0] if p.stacked else size
+    shape, axes = (p.shape[1:], p.axes[1:]) if p.stacked else (p.shape, p.axes)
+    return math.prod(shape) // self.ways(*axes, without=apart)
 
   def summed(self, p: Declared) -> int:
     """Elements of a layer's gradient that are added up over devices which hold the same ones."""
@@ -157,8 +158,27 @@ class Model:
     chosen = length * length >= LONG["cpu" if self.cpu else "elsewhere"]
     return chosen if kernel == "autoselected" else kernel != "dot_product"
 
+  def schedule(self, parts: Parts) -> Schedule | None:
+    """How microbatches go through the stages, if the mesh has several."""
+    stage, ways = self.spec.stages[self.spec.longest], parts.sizes.get(STAGE, 1)
+    section = self.config.pipeline
+    return None if ways == 1 else section.schedule(ways, stage.repeat, len(stage.blocks))
+
+  def through(self, parts: Parts, number: int) -> tuple[int, float]:
+    """How often a device runs the blocks of a stage of the model, and each time for which share of
+    its tokens: those in a pipeline at every tick, for a microbatch.
+    """
+    stage, schedule = self.spec.stages[number], self.schedule(parts)
+    if schedule is None or number != self.spec.longest:
+      return stage.repeat // parts.ways("layers" if schedule is None else None), 1
+    return schedule.ticks * schedule.layers, schedule.stages / schedule.microbatches
+
   def bytes(self, parts: Parts, rows: int, tiles: int) -> Bytes:
-    """Of a step with micro-batches of `rows` rows, and the loss in so many tiles."""
+    """Of a step with micro-batches of `rows` rows, and the loss in so many tiles.
+
+    A pipeline keeps what it does at every tick, that of one tick twice, and rows that wait or move;
+    with repeats each stage has its layers, and their gradients, beside those it stores.
+    """
     here = {name: parts.here(p) for name, p in self.params.items()}
     zero = self.config.mesh.shard_optimizer_over_data
     share = {name: parts.moments(p, zero) for name, p in self.params.items()}
@@ -172,13 +192,14 @@ class Model:
     grads += (here["embedding"] - share["embedding"]) * sums  # whole before it is split
     local = _Local.of(self, parts, rows)
     held, far = (
-      sum(
-        stage.repeat // parts.ways("layers") * local.kept(block, self.policy(stage), hosts)
-        for stage in self.spec.stages
-        for block in stage.blocks
-      )
+      sum(self._kept(local, number, hosts) for number in range(len(self.spec.stages)))
       for hosts in (False, True)
     )
+    if (schedule := self.schedule(parts)) is not None:
+      held += self._kept(local, self.spec.longest, False) // schedule.ticks
+      held += 3 * self.working * local.tokens * local.stream
+      dealt = (here[name] for name, p in self.params.items() if p.axes[0] == "layers")
+      held += 2 * F32 * sum(dealt) if schedule.repeats > 1 else 0
     if (further := self.spec.mtp) is not None:
       alone = Stage((further.block,))
       held += further.layers * local.kept(further.block, self.policy(alone))
@@ -200,6 +221,12 @@ class Model:
     update = dataclasses.replace(whole, activations=0, work=0, point="update")
     return max(dataclasses.replace(whole, optimizer=0), update, key=lambda held: held.total)
 
+  def _kept(self, local: _Local, number: int, hosts: bool) -> int:
+    """Bytes that the blocks of a stage of the model keep, on the device or in the hosts' memory."""
+    times, share = self.through(local.parts, number)
+    stage, own = self.spec.stages[number], local.part(share)
+    return times * sum(own.kept(block, self.policy(stage), hosts) for block in stage.blocks)
+
   def _points(self, local: _Local, tiles: int) -> dict[str, int]:
     """Bytes that only one point of the step has, by its name."""
     head = local.parts.joined(self.params.get("unembedding", self.params["embedding"]))
@@ -218,7 +245,8 @@ class Model:
         prefix = f"stages.{s}.blocks.{b}."
         own = [p for name, p in self.params.items() if name.startswith(prefix)]
         weights, summed = map(local.parts.joined, own), map(local.parts.summed, own)
-        forward, backward = local.block(block, self.policy(stage), list(weights))
+        own_part = local.part(self.through(local.parts, s)[1])
+        forward, backward = own_part.block(block, self.policy(stage), list(weights))
         points["forward"] = max(points["forward"], joined + forward)
         points["backward"] = max(points["backward"], backward, 2 * F32 * sum(summed))
     if self.config.training.gradient_accumulation_steps > 1:  # joined once for all passes
@@ -250,6 +278,10 @@ class _Local:
       width // finer,
       model.spec.vocab // parts.ways("activation_vocab"),
     )
+
+  def part(self, share: float) -> _Local:
+    """The same for a share of the tokens."""
+    return dataclasses.replace(self, tokens=int(self.tokens * share))
 
   def kept(self, block: BlockSpec, policy: str, hosts: bool = False) -> int:
     """Bytes that a block keeps for the backward pass, on the device or in the hosts' memory."""

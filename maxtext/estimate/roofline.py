@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping
 from maxtext.estimate.chips import Chip
 from maxtext.estimate.flops import attention_weights, forward_flops, step_flops
 from maxtext.estimate.memory import F32, UNROLLED, Bytes, Model, Parts
+from maxtext.layers.schedule import STAGE
 from maxtext.layers.stacking import spared
+from maxtext.sharding import Declared
 from maxtext.specs import BlockSpec, Stage
 
 
@@ -77,7 +79,8 @@ def seconds(model: Model, parts: Parts, network: Network, held: Bytes, rows: int
   training, devices = model.config.training, math.prod(parts.sizes.values())
   passes, length = training.gradient_accumulation_steps, training.max_target_length
   flops = step_flops(model.spec, rows * length, length).total + computed_again(model, rows * length)
-  used = sum(parts.joined(p) * _layers(p, parts) for p in model.params.values()) * model.width
+  flops += _idle(model, parts, rows * length)
+  used = sum(parts.joined(p) * _times(model, p, parts) for p in model.params.values()) * model.width
   state = 2 * (held.params + held.optimizer + held.grads)
   traffic = state + passes * (3 * used + 3 * held.activations)
   return Seconds(
@@ -88,8 +91,22 @@ def seconds(model: Model, parts: Parts, network: Network, held: Bytes, rows: int
   )
 
 
-def _layers(p, parts: Parts) -> int:
+def _times(model: Model, p: Declared, parts: Parts) -> int:
+  """How often a device uses a parameter of this kind, or one layer of it, in a pass."""
+  if p.axes[0] == "layers":
+    return model.through(parts, model.spec.longest)[0]
   return p.shape[0] // parts.ways(p.axes[0]) if p.stacked else 1
+
+
+def _idle(model: Model, parts: Parts, tokens: int) -> float:
+  """FLOPs that all devices could do while they have nothing to do in a pipeline."""
+  if (schedule := model.schedule(parts)) is None:
+    return 0.0
+  stage = model.spec.stages[model.spec.longest]
+  alone = dataclasses.replace(model.spec, vocab=1, stages=(stage,), mtp=None)
+  own = step_flops(alone, tokens, model.config.training.max_target_length).total
+  own += computed_again(dataclasses.replace(model, spec=alone), tokens)
+  return own * schedule.bubble / (1 - schedule.bubble)
 
 
 def computed_again(model: Model, tokens: int) -> float:
@@ -117,23 +134,31 @@ def _parameters(model: Model, parts: Parts, network: Network) -> float:
     if name == "embedding" and not model.spec.tied:
       continue  # rows of it travel, not the table
     experts = parts.rules.get("exp", ()) if "exp" in p.axes else ()
-    tokens = [m for m in parts.tokens if parts.sizes.get(m, 1) > 1 and m not in experts]
+    piped = p.axes[0] == "layers"
+    apart = {*experts, *([STAGE] if piped else [])}  # each stage has layers of its own
+    tokens = [m for m in parts.tokens if parts.sizes.get(m, 1) > 1 and m not in apart]
     split = [m for axis in p.axes if axis for m in parts.rules.get(axis, ()) if m in tokens]
     rest = [m for m in tokens if m not in split]
-    whole = parts.joined(p) * _layers(p, parts)
+    times, here = _times(model, p, parts), parts.here(p)
+    whole = parts.joined(p) * times
     total += network.seconds(split, whole * model.width, 2) + network.seconds(split, whole * F32)
-    total += network.seconds(rest, parts.here(p) * F32, 2)
+    own = p.shape[0] // parts.ways(p.axes[0]) if p.stacked else 1
+    total += network.seconds(rest, here * times / own * F32, 2)
+    if piped and (schedule := model.schedule(parts)) and schedule.repeats > 1:
+      total += 2 * network.seconds((STAGE,), here * F32)  # to their stages, and gradients back
   return total
 
 
 def _tokens(model: Model, parts: Parts, network: Network, tokens: int) -> float:
   """Seconds to add up what devices have parts of, and to exchange tokens, both ways."""
-  here = tokens // parts.ways("activation_batch", "activation_length")
-  total = sum(
-    stage.repeat * _block(model, parts, network, block, here)
-    for stage in model.spec.stages
-    for block in stage.blocks
-  )
+  here, total = tokens // parts.ways("activation_batch", "activation_length"), 0.0
+  for number, stage in enumerate(model.spec.stages):
+    times, share = model.through(parts, number)
+    blocks = (_block(model, parts, network, block, int(here * share)) for block in stage.blocks)
+    total += times * sum(blocks)
+  if (schedule := model.schedule(parts)) is not None and schedule.hop == 1:
+    rows = here * schedule.stages / schedule.microbatches * model.spec.width * model.width
+    total += 2 * schedule.ticks * rows / network.speed((STAGE,))  # to the next stage, and back
   return total
 
 
