@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -289,6 +291,31 @@ def test_no_logits_are_gathered(layout):
   for one in sent:
     if one.kind == "all-gather":
       assert not any(tokens & {*shape} and split & {*shape} for shape in one.shapes), one
+
+
+def test_stages_send_each_other_rows_at_every_tick_and_layers_once():
+  """With repeats that stages do not divide: what the compiler would gather of all layers."""
+  keys = [key for key in COMMON if "layers" not in key and "per_device" not in key]
+  keys += f"{DENSE} {ways(fsdp=4)} ici_pipeline_parallelism=2 num_pipeline_repeats=3".split()
+  keys += ["base_num_decoder_layers=6", "per_device_batch_size=2", "remat_policy=full"]
+  built = program.build(config.load(keys, {}), jax.devices()[:8])
+  rows, schedule = built.batch(built.config.training.global_batch(8)), built.pipeline
+  text = built.step.lower(built.state, rows).compile().as_text()
+  sent = [x for x in hlo.collectives(text, built.layout.mesh.shape) if x.axes == ("stage",)]
+  layers = [p for p in built.plan.declared.values() if p.axes[0] == "layers"]
+  matrix = min(math.prod(p.shape) for p in layers if len(p.shape) > 2)
+  assert not [x for x in sent if x.kind in ("all-gather", "all-to-all") and x.size >= matrix]
+  permutes = [x.times for x in sent if x.kind == "collective-permute"]
+  # to the next stage, and to the places of what waits; on the way back as well
+  assert permutes.count(schedule.ticks) == 5
+  # blocks of weights in each repeat, there and back; and rows after all ticks
+  assert permutes.count(1) == len(permutes) - 5 == 20
+  # no weight of a stage is kept at every tick
+  found = re.findall(rf"f32\[{schedule.ticks},([\d,]+)\]", text)
+  assert found
+  here = lambda p: (n // 4 if a == "embed" else n for a, n in zip(p.axes[1:], p.shape[1:]))
+  local = {tuple(here(p)) for p in layers if len(p.shape) > 2}
+  assert not {tuple(map(int, one.split(",")))[-len(w) :] for one in found for w in local} & local
 
 
 CONTROL = """
