@@ -223,6 +223,39 @@ GOLDEN: dict[str, tuple[str, dict[str, int]]] = {
       "reduce-scatter fsdp expert": 16,
     },
   ),
+  "stage fsdp": (  # the third layer stands outside the stages
+    f"{DENSE} {ways(fsdp=4)} ici_pipeline_parallelism=2 pipeline_parallel_layers=2",
+    {
+      "all-gather fsdp": 16,
+      "all-gather stage": 4,
+      "all-reduce fsdp": 6,
+      "all-reduce stage": 2,
+      "all-reduce stage fsdp": 1,
+      "all-to-all fsdp": 2,
+      "collective-permute stage": 17,
+      "reduce-scatter fsdp": 29,
+    },
+  ),
+  "rules pipeline_moe": (
+    f"{MOE} {named('pipeline_moe', fsdp=2, expert=2)} ici_pipeline_parallelism=2 "
+    "pipeline_parallel_layers=2",
+    {
+      "all-gather expert": 8,
+      "all-gather fsdp": 6,
+      "all-gather fsdp expert": 12,
+      "all-gather stage": 4,
+      "all-reduce expert": 4,
+      "all-reduce fsdp": 4,
+      "all-reduce fsdp expert": 9,
+      "all-reduce stage": 4,
+      "all-reduce stage fsdp expert": 1,
+      "all-to-all expert": 32,
+      "all-to-all fsdp expert": 2,
+      "collective-permute stage": 18,
+      "reduce-scatter fsdp": 12,
+      "reduce-scatter fsdp expert": 21,
+    },
+  ),
 }
 
 
