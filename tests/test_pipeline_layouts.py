@@ -22,6 +22,7 @@ def deep(layers, *keys):
 DENSE, MIXTRAL = layouts.MODELS["gqa"], experts.MODELS["dropless"]
 MODELS = {
   "gqa": deep(4, *DENSE),
+  "descent": deep(4, *DENSE, "opt_type=sgd", "learning_rate=0.1"),
   "8 layers": deep(8, *DENSE),
   "window": deep(4, *layouts.MODELS["window"]),
   "learned": deep(4, *layouts.MODELS["learned"]),
@@ -75,6 +76,8 @@ CASES = {
     *("rich", (*ways(stage=2, expert=2, tensor=2), *TWICE, *parts(4))),
   ),
   "stage 2 expert 4, latent": ("latent", ways(stage=2, expert=4)),
+  # of so few tokens adamw makes 2e-4 of the noise in rows of the embedding, on every mesh
+  "by descent": ("descent", (*ways(stage=2, fsdp=2, tensor=2), *TWICE, *parts(4))),
   "pipeline_moe": ("dropless", (*MOE_RULES, *ways(stage=2, expert=2, tensor=2))),
 }
 FAST = ("stage 2 fsdp 2 tensor 2, twice", "stage 2 expert 2 tensor 2, limited")
@@ -105,8 +108,6 @@ def test_nor_with_delta_nets():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "length", "passes"), [(16, 8, 1), (32, 128, 1), (64, 16, 2)])
-@pytest.mark.parametrize(
-  "name", ["stage 2 fsdp 2 tensor 2, twice", "stage 2 expert 2 fsdp 2, dropless"]
-)
+@pytest.mark.parametrize("name", ["by descent", "stage 2 expert 2 fsdp 2, dropless"])
 def test_nor_with_few_tokens_or_many(name, rows, length, passes):
   check(name, rows, length, passes)
