@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from maxtext import kernels
+from maxtext import kernels, sharding
 from maxtext.errors import ConfigError
 from maxtext.kernels import options
 from maxtext.layers import sections
@@ -74,7 +74,7 @@ def test_one_query_over_a_long_cache_takes_the_plain_product():
 
 @pytest.mark.parametrize("platform, first", [("tpu", "flash"), ("gpu", "cudnn_flash")])
 def test_the_hardwares_own_kernel_comes_first_where_it_is_fit(platform, first, monkeypatch, caplog):
-  for module in (kernels, kernels.splash, kernels.cudnn):
+  for module in (sharding, kernels.splash, kernels.cudnn):
     monkeypatch.setattr(module, "platform", lambda: platform)
   monkeypatch.setattr(kernels, "_announced", set())
   monkeypatch.setattr(kernels.log, "propagate", True)
