@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from maxtext import collectives, sharding
 from maxtext.layers.schedule import STAGE, Schedule
@@ -93,21 +94,16 @@ def _run(
 def layer(p: Any, number: jax.Array) -> Any:
   """One layer of a variable that is stacked and split over the stages, on all of them."""
   layout, axes = sharding.active(), p.get_metadata()["axes"]
-  if layout is None or (ways := layout.mesh.shape.get(STAGE, 1)) == 1:
-    return p.replace(lax.dynamic_index_in_dim(p[...], number, 0, False))
+  assert layout is not None
   spec = layout.inside(STAGE).sharding(axes, p.shape[1:]).spec
-  own = p.shape[0] // ways
+  own = p.shape[0] // layout.mesh.shape[STAGE]
 
   def find(w: jax.Array, number: jax.Array) -> jax.Array:
     w = lax.dynamic_index_in_dim(w, number % own, 0, False)
     there = lax.axis_index(STAGE) == number // own
     return lax.psum(jnp.where(there, w, jnp.zeros_like(w)), STAGE)
 
-  split = jax.sharding.PartitionSpec(STAGE, *spec)
-  whole = jax.sharding.PartitionSpec()
-  take = jax.shard_map(
-    find, mesh=layout.mesh, in_specs=(split, whole), out_specs=spec, check_vma=False
-  )
+  take = sharding.by_device(find, (PartitionSpec(STAGE, *spec), PartitionSpec()), spec)
   return p.replace(take(p[...], number))
 
 
@@ -144,12 +140,10 @@ def _place(x: jax.Array, *axes: str | None) -> jax.Array:
   """[s ...] with the stages over the mesh, and the other dimensions by their names."""
   layout = sharding.active()
   assert layout is not None
-  spec = layout.sharding(axes, x.shape[1:]).spec
-  place = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec(STAGE, *spec))
-  return lax.with_sharding_constraint(x, place)
+  return sharding.place(x, PartitionSpec(STAGE, *layout.sharding(axes, x.shape[1:]).spec))
 
 
-def _move(x: jax.Array, by: int, *before: None) -> jax.Array:
+def _move(x: jax.Array, by: int) -> jax.Array:
   """[s ... b t d], each stage's part to the stage `by` further on, round a ring."""
   layout = sharding.active()
   assert layout is not None
@@ -158,10 +152,9 @@ def _move(x: jax.Array, by: int, *before: None) -> jax.Array:
     return x
   lead = (None,) * (x.ndim - 1 - len(sharding.STREAM))
   spec = layout.sharding((*lead, *sharding.STREAM), x.shape[1:]).spec
-  spec = jax.sharding.PartitionSpec(STAGE, *spec)
+  spec = PartitionSpec(STAGE, *spec)
   ring = [(i, (i + by) % ways) for i in range(ways)]
-  send = lambda x: lax.ppermute(x, STAGE, ring)
-  return jax.shard_map(send, mesh=layout.mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
+  return sharding.by_device(lambda x: lax.ppermute(x, STAGE, ring), spec, spec)(x)
 
 
 def _returned(waiting: jax.Array, s: Schedule) -> jax.Array:
