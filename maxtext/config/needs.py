@@ -35,6 +35,17 @@ NEEDS = (
     lambda c: c.optimizer.opt_type == "adamw",
   ),
   Need(
+    (
+      "num_layers_per_pipeline_stage",
+      "num_pipeline_repeats",
+      "num_pipeline_microbatches",
+      "pipeline_delay_activation_forwarding",
+    ),
+    "ici_pipeline_parallelism above 1",
+    "ici_pipeline_parallelism",
+    lambda c: (c.mesh.ici_pipeline_parallelism, c.mesh.dcn_pipeline_parallelism) != (1, 1),
+  ),
+  Need(
     ("wsd_decay_steps_fraction",),
     "lr_schedule_type=wsd",
     "lr_schedule_type",
