@@ -110,7 +110,7 @@ class Program:
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place) for name in COLUMNS}
 
   @functools.cached_property
-  def init(self) -> Callable[[], State]:
+  def init(self) -> jax.stages.Wrapped:
     """() -> State, with parameters drawn from `init_weights_seed`, born sharded."""
     return jax.jit(self._fresh, out_shardings=self.shardings, compiler_options=self._hasty)
 

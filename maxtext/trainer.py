@@ -8,7 +8,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,7 @@ class Run:
   progress: Progress
   evaluate: Evaluate | None
   step: Any = None  # once it is compiled
+  drawn: Future[State] | None = None  # the state to begin with, unless it is from elsewhere
 
   def __init__(self, config: Config, folder: Path, built: Program, started: float):
     self.config, self.folder, self.program, self.started = config, folder, built, started
@@ -148,7 +149,10 @@ class Run:
     if ended:
       log.info(f"{self.folder} {ended}")
       return 0
-    with ThreadPoolExecutor(1) as background:
+    with ThreadPoolExecutor(2) as background:
+      if newest is None and not self._loads:  # drawn while the step is traced
+        drawing = self.program.init.lower()
+        self.drawn = background.submit(lambda: drawing.compile()())
       traced = self.program.traced
       compiling = background.submit(lambda: self._compiled(traced.lower()))
       preload()
@@ -259,7 +263,14 @@ class Run:
       params = self._parameters(section.load_parameters_path)
       log.info(f"starting with the parameters of {section.load_parameters_path}")
       return self.program.begin(params)
-    return self.program.init()
+    drawn, self.drawn = self.drawn, None
+    return drawn.result() if drawn else self.program.init()
+
+  @property
+  def _loads(self) -> bool:
+    """Whether the configuration names what to begin with."""
+    section = self.config.checkpoint
+    return bool(section.load_full_state_path or section.load_parameters_path)
 
   def _parameters(self, path: str) -> Params:
     """Those of a checkpoint, or of a model of the Hugging Face hub."""
