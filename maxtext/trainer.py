@@ -20,6 +20,7 @@ from maxtext.checkpoints import hub
 from maxtext.checkpoints.folder import FACTS, LOSS
 from maxtext.checkpoints.hub.loading import load
 from maxtext.checkpoints.hub.model import open_model
+from maxtext.checkpoints.local import Local
 from maxtext.checkpoints.manager import Checkpoints, preload, restore_parameters, restore_state
 from maxtext.compiled import executable, keep, report, reported
 from maxtext.config import Config, check_devices
@@ -83,7 +84,7 @@ def _train(config: Config, started: float) -> int:
     _check_memory(built)
     run = Run(config, folder, built, started)
     # a save under way is finished, come what may
-    with reported(built, lambda: run.step), run.checkpoints or contextlib.nullcontext():
+    with reported(built, lambda: run.step), run.nearest or contextlib.nullcontext():
       return run.train()
 
 
@@ -132,16 +133,22 @@ class Run:
     self.devices = built.layout.mesh.size
     self.rows = config.training.global_batch(self.devices)
     self.length = config.training.max_target_length
-    self.checkpoints = self.save = None
-    if config.checkpoint.enable_checkpointing:
-      self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
-      self.save = Save(self.checkpoints, config.checkpoint.checkpoint_period, self._beside)
+    self.checkpoints: Checkpoints | None = None
+    self.nearest: Checkpoints | None = None  # those, and copies that are closer
+    self.save: Save | None = None
+    self.saves: list[Save] = []
+    checkpoint = config.checkpoint
+    if checkpoint.enable_checkpointing:
+      self.checkpoints = self.nearest = Checkpoints(folder / "checkpoints", checkpoint)
+      self.save = Save(self.checkpoints, checkpoint.checkpoint_period, self._beside)
+      if checkpoint.enable_emergency_checkpoint:
+        self.nearest = Local(folder, self.checkpoints, tree(built.state))
+        self.saves = [Save(self.nearest, checkpoint.local_checkpoint_period, self._beside)]
+      self.saves.append(self.save)
     seeds = {key: config.values[key] for key in ("init_weights_seed", "data_shuffle_seed")}
     params, training = built.state.params, config.training
     self.phases, self.first = Phases(started), -1
-    self.incidents = Incidents(
-      folder, training, built.guard, params, seeds, self.checkpoints, FACTS
-    )
+    self.incidents = Incidents(folder, training, built.guard, params, seeds, self.nearest, FACTS)
 
   def train(self) -> int:
     """Compile, begin or go on, train, save, and say how it ended."""
@@ -176,8 +183,8 @@ class Run:
     first = int(state.step)
     self.first = first if self.first < 0 else self.first
     self.pace.keep(first - self.first)
-    if self.save:
-      self.save.saved = -1
+    for save in self.saves:
+      save.saved = -1
     self._write_config()
     with self._open_metrics(first) as self.metrics, hosts.before_end(self.metrics.flush):
       step = compiled()
@@ -204,7 +211,7 @@ class Run:
   def _loop(self, step: Step, state: State, span: range, stop: Stop) -> int:
     """Run the steps, save the last state and wait until it is on disk."""
     evaluate = self.evaluate = self._evaluate() if self.config.eval.eval_interval > 0 else None
-    hooks: list[Hook] = [hook for hook in (self._histograms(), evaluate, self.save) if hook]
+    hooks: list[Hook] = [hook for hook in (self._histograms(), evaluate, *self.saves) if hook]
     checkpoint = self.config.checkpoint
     if self.save and checkpoint.save_checkpoint_on_start and not self.save.checkpoints.steps():
       self.save(span.start, state)
@@ -215,11 +222,11 @@ class Run:
     columns = self.placed(self.incidents.seeing(self.batches, span.start), self.rows)
     end = loop(step, state, columns, span, self._reporter(), hooks, stop, self.phases)
     stopped = stop(end.finished)
-    if self.save:
+    if self.save and self.nearest:
       with self.phases.during("checkpoint", end.finished):
         if end.finished and (stopped or checkpoint.save_checkpoint_on_completion):
           self.save(end.finished, end.state)
-        self.save.checkpoints.close()
+        self.nearest.close()
     self._farewell(end, None if evaluate is None else evaluate.last, stop)
     done = end.finished == self.config.training.steps or end.why in ("data", "hook")
     return self.config.hosts.exit_code_when_stopped if stop.by and not done else 0
@@ -228,11 +235,11 @@ class Run:
     """The newest whole checkpoint of this run, if the run it belongs to is this one, and why it has
     ended, if it has; refuses to start over damage.
     """
-    if self.checkpoints is None:
+    if self.checkpoints is None or self.nearest is None:
       return None, ""
     newest = self.incidents.newest()
     if newest is not None:
-      extra = self.checkpoints.extra(newest)
+      extra = self.nearest.extra(newest)
       if FACTS not in extra:
         problem = "was converted, and no run has saved it; name it by load_parameters_path instead"
         raise CheckpointError(f"{self.checkpoints.directory}/{newest} {problem}")
@@ -248,13 +255,13 @@ class Run:
   def begin(self, newest: int | None, resumed: bool = True) -> State:
     """The newest checkpoint of this run, else what the configuration loads, else drawn anew."""
     section, like = self.config.checkpoint, self.program.state
-    if self.checkpoints is not None and newest is not None:
-      extra = self.checkpoints.extra(newest)
+    if self.nearest is not None and newest is not None:
+      extra = self.nearest.extra(newest)
       self.batches.restore(extra[DATA], self.config.run.resume_changes)
       if resumed:
         self.incidents.resume(newest, extra, self.batches)
         log.info(f"resuming {self.folder} after {newest} steps")
-      return from_tree(like, self.checkpoints.restore(newest, tree(like)))
+      return from_tree(like, self.nearest.restore(newest, tree(like)))
     if section.load_full_state_path:
       state = from_tree(like, restore_state(section.load_full_state_path, tree(like))[0])
       log.info(f"starting from {section.load_full_state_path}, after step {int(state.step) - 1}")
@@ -349,7 +356,7 @@ class Run:
     config, pace = self.config, self.pace
 
     def report(done: Done) -> None:
-      saving = self.save.wait() if self.save else 0.0
+      saving = sum(save.wait() for save in self.saves)
       scalars = step_scalars(done.metrics) | pace.after(done.seconds, done.data_wait, saving)
       self.progress.step(done.step, scalars)
       if due(done.step, config.observe, config.training.steps):

@@ -50,11 +50,15 @@ class Folder:
 
   def whole(self, step: int) -> bool:
     """Whether a step is there, complete, and every byte of it as it was written."""
+    return not self.problem(step)
+
+  def problem(self, step: int) -> str:
+    """Why a step is not whole; empty where it is."""
     try:
       self._check(step)
-    except Damage:
-      return False
-    return True
+    except Damage as damage:
+      return f"{self.step(step)} {damage}"
+    return ""
 
   def remember(self, step: int, manifest: Manifest) -> None:
     """Take a step as whole: this process has written it and read it back just now."""
@@ -68,15 +72,13 @@ class Folder:
     """The newest whole step; what had to be passed over is logged, in one line, once."""
     passed = []
     for step in reversed(self.named()):
-      try:
-        self._check(step)
-      except Damage as damage:
+      if problem := self.problem(step):
         if self.step(step).is_dir():  # else another process has deleted it just now
-          passed.append(f"{self.step(step)} {damage}")
+          passed.append(problem)
         continue
-      self._report(passed, f"using step {step}")
+      self.report(passed, f"using step {step}")
       return step
-    self._report(passed, "no other checkpoint is there")
+    self.report(passed, "no other checkpoint is there")
     return None
 
   def named(self) -> list[int]:
@@ -170,7 +172,8 @@ class Folder:
       return True
     return False
 
-  def _report(self, passed: list[str], outcome: str) -> None:
+  def report(self, passed: list[str], outcome: str) -> None:
+    """What was passed over, and what is done instead, in one line, once."""
     line = "; ".join([*passed, outcome])
     if passed and line not in self._reported:
       self._reported.add(line)

@@ -43,6 +43,8 @@ class Checkpoints:
   makes the same calls; process 0 decides, seals and deletes.
   """
 
+  _decide = staticmethod(hosts.first)
+
   def __init__(self, directory: Path, section: Checkpoint):
     self.directory = Path(directory)
     self._section = section
@@ -50,6 +52,7 @@ class Checkpoints:
     self._writer: Any = None
     self._thread: threading.Thread | None = None
     self._failure: CheckpointError | None = None
+    self._seals = hosts.is_first()
     self.under_way: tuple[int, float] | None = None  # the step of a save, and when it began
 
   def due(self, step: int) -> bool:
@@ -67,14 +70,13 @@ class Checkpoints:
     self.wait()
     if not self._section.enable_checkpointing or not (force or self.due(step)):
       return False
-    if hosts.first(lambda: self._folder.whole(step)):
+    if self._decide(lambda: self._folder.whole(step)):
       return False
-    storage = _storage()
     files = {name: _file(name, value) for name, value in extra.items()}
-    arrays = storage.describe(state)
+    arrays = self._arrays(state)
     building = self._begin(step)
     try:
-      self._writer = self._writer or storage.Writer(self._section)
+      self._writer = self._writer or self._make_writer()
       self._writer.start(building / STATE, state)
     except Exception as error:  # Orbax and TensorStore raise whatever the layer below raised
       self._abandon(building)
@@ -85,7 +87,7 @@ class Checkpoints:
     def finish() -> None:
       try:
         self._writer.finish()
-        if jax.process_index() == 0:
+        if self._seals:
           size = self._seal(building, step, arrays, files)
           took = time.monotonic() - begun
           line = "saved %s: %.1f MB in %.1f s, training waited %.2f s"
@@ -188,8 +190,21 @@ class Checkpoints:
       except OSError as error:
         raise self._trouble(step, error) from error
 
-    hosts.first(make)
+    self._decide(make)
     return self.directory / f"{step}.saving"
+
+  def _arrays(self, state: Any) -> tuple[Array, ...]:
+    """What a manifest says of the arrays. Raises ValueError."""
+    return _storage().describe(state)
+
+  def _make_writer(self) -> Any:
+    return _storage().Writer(self._section)
+
+  def _retire(self, step: int) -> None:
+    """Delete what is not to be kept beside a new step."""
+    if (keep := self._section.max_num_checkpoints_to_keep) > 0:
+      period, best = self._section.checkpoint_keep_period, self._section.checkpoint_keep_best
+      self._folder.retire(keep, step, period, best)
 
   def _seal(
     self, building: Path, step: int, arrays: tuple[Array, ...], files: dict[str, tuple[str, bytes]]
@@ -202,13 +217,11 @@ class Checkpoints:
     )
     self._folder.publish(building, step)
     self._folder.remember(step, manifest)
-    if (keep := self._section.max_num_checkpoints_to_keep) > 0:
-      period, best = self._section.checkpoint_keep_period, self._section.checkpoint_keep_best
-      self._folder.retire(keep, step, period, best)
+    self._retire(step)
     return manifest.size
 
   def _abandon(self, building: Path) -> None:
-    if jax.process_index() == 0:
+    if self._seals:
       self._folder.discard(building)
 
   def _trouble(self, step: int, error: Exception) -> CheckpointError:

@@ -22,6 +22,9 @@ class Checkpoint:
   load_full_state_path: str
   checkpoint_storage_use_ocdbt: bool
   checkpoint_storage_use_zarr3: bool
+  enable_emergency_checkpoint: bool
+  local_checkpoint_directory: str
+  local_checkpoint_period: Whole
 
   def complaints(self) -> Iterator[tuple[str, ...]]:
     if self.load_parameters_path and self.load_full_state_path:
@@ -30,4 +33,16 @@ class Checkpoint:
         "a run starts from parameters or from a full state, not from both; leave one of "
         "load_parameters_path and load_full_state_path empty",
         "load_full_state_path",
+      )
+    local, period = "local_checkpoint_directory", "local_checkpoint_period"
+    wanted, missing = self.enable_emergency_checkpoint, "enable_emergency_checkpoint"
+    for key in (local, period):
+      if wanted and not getattr(self, key):
+        yield missing, f"needs a {key}; set it, or {missing}=false", key
+    if wanted and self.local_checkpoint_period >= self.checkpoint_period:
+      yield (
+        period,
+        f"{self.local_checkpoint_period} is no less than checkpoint_period="
+        f"{self.checkpoint_period}, whose checkpoints would always be nearer; use less",
+        "checkpoint_period",
       )

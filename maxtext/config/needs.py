@@ -174,6 +174,12 @@ NEEDS = (
     lambda c: c.training.skip_step_on_spikes,
   ),
   Need(
+    ("local_checkpoint_directory", "local_checkpoint_period"),
+    "enable_emergency_checkpoint=true",
+    "enable_emergency_checkpoint",
+    lambda c: c.checkpoint.enable_emergency_checkpoint,
+  ),
+  Need(
     ("checkpoint_keep_period", "checkpoint_keep_best"),
     "a max_num_checkpoints_to_keep above 0",
     "max_num_checkpoints_to_keep",
@@ -196,6 +202,7 @@ NEEDS = (
       "save_checkpoint_on_start",
       "checkpoint_period",
       "max_num_checkpoints_to_keep",
+      "enable_emergency_checkpoint",
       "rollback_limit",
     ),
     "enable_checkpointing=true",

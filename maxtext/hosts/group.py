@@ -22,7 +22,7 @@ from maxtext.hosts.watch import FLUSHING, GRACE, HOSTS, NEWS, Watch
 
 NEVER = 10**6  # seconds: what JAX does when a time is over is to abort; we are to be there first
 TO_TELL = 60  # seconds for others to come and hear what is wrong with this process
-AGREE, FIRST, BOARD = "maxtext/agree", "maxtext/first", "maxtext/board"
+AGREE, FIRST, BOARD, EACH = (f"maxtext/{kind}" for kind in ("agree", "first", "board", "each"))
 
 
 class Elsewhere(UserError):
@@ -41,7 +41,7 @@ class Group:
     self.place, self._error = place, error
     self.timeout = hosts.jax_distributed_heartbeat_timeout_seconds
     self.watch = Watch(place, self.timeout)
-    self._asked = 0
+    self._asked, self._said = 0, ""
     self._known: UserError | None = None
     seconds = hosts.jax_distributed_initialization_timeout
     self._service = self._join(seconds if error is None else min(seconds, TO_TELL))
@@ -82,6 +82,17 @@ class Group:
       self._service.write(f"{key}/verdict", json.dumps(_verdict(own, differing)))
     if lines := json.loads(self._service.read(f"{key}/verdict")):
       raise self._common(ConfigErrors(lines))
+
+  def each(self, value: Any) -> list[Any]:
+    """The values of all processes, as JSON has them, in each."""
+    key = f"{self._key(EACH)}/{self.place.id}"
+    self._service.write(key, json.dumps(value))
+    folder = key.rpartition("/")[0]
+    found = [json.loads(self._service.read(f"{folder}/{i}")) for i in range(self.place.count)]
+    if self._said:  # of the call before: who is in this one has read it
+      self._service.delete(self._said)
+    self._said = key
+    return found
 
   def board(self, name: str, text: str) -> dict[int, str]:
     """As `board`, without waiting for others. Raises RuntimeError where process 0 is gone."""
@@ -259,6 +270,11 @@ def agree(values: Mapping[str, str]) -> None:
   """Whether all processes have the same values. Raises ConfigErrors in each where they have not."""
   if _group is not None:
     _group.agree(values)
+
+
+def each(value: Any) -> list[Any]:
+  """`value`, which is JSON, of every process, in each."""
+  return [value] if _group is None else _group.each(value)
 
 
 def stop_at(name: str, finished: int) -> str:

@@ -16,6 +16,9 @@ class Service:
   def write(self, key: str, text: str) -> None:
     self._client.key_value_set(key, text, allow_overwrite=True)
 
+  def delete(self, key: str) -> None:
+    self._client.key_value_delete(key)
+
   def read(self, key: str) -> str:
     """The note at `key`, as soon as it is there."""
     while True:

@@ -27,6 +27,9 @@ SECTION = Checkpoint(
   load_full_state_path="",
   checkpoint_storage_use_ocdbt=True,
   checkpoint_storage_use_zarr3=True,
+  enable_emergency_checkpoint=False,
+  local_checkpoint_directory="",
+  local_checkpoint_period=0,
 )
 EXTRA = {"data": {"epoch": 2, "offset": 17}, "config": "steps: 60\nrun_name: 'ä'\n"}
 

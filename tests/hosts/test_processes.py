@@ -56,6 +56,31 @@ def test_after_a_death_both_go_on_with_the_newest_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
+def test_after_a_death_both_go_on_with_the_newest_copy_that_each_has_on_its_own_disk(tmp_path):
+  local = ("enable_emergency_checkpoint=true", "local_checkpoint_period=2")
+  keys = (*SMALL, *ONE_DEVICE, "steps=24", "checkpoint_period=1000", *local)
+  keys = (*keys, f"local_checkpoint_directory={tmp_path}/local")
+  whole, killed = (Run(tmp_path, name, keys) for name in ("whole", "killed"))
+  for process in hosts.together(whole, 2):
+    process.ends(0)
+  processes = hosts.together(killed, 2)
+  processes[0].reach(9)
+  for process in processes:
+    process.kill()
+  copies = [tmp_path / "local" / "killed" / f"process-{number}" for number in (0, 1)]
+  steps = [{int(path.name) for path in copy.iterdir() if path.name.isdigit()} for copy in copies]
+  common = max(steps[0] & steps[1])
+  damaged = copies[1] / str(common) / "state"
+  damaged.write_bytes(b"\0" + damaged.read_bytes()[1:])
+  processes = hosts.together(killed, 2)
+  output = [process.ends(0) for process in processes][0]
+  assert f"process-1/{common} is damaged: state is not as it was written; not used" in output
+  assert f"resuming {killed.folder} after {common - 2} steps" in output
+  assert killed.hashes() == whole.hashes()
+  assert killed.losses() == whole.losses()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_whichever_process_dies_or_stops_the_others_name_it(tmp_path, number, victim):
