@@ -133,7 +133,7 @@ COMMAND_LINES = [
   ("sa_block_kv_dkv=640", "sa_block_kv_dkv_compute=512 does not divide sa_block_kv_dkv=640"),
   ("attention=dot_product sa_block_q=256", "an effect only with attention=flash or autoselected"),
   ("sa_use_fused_bwd_kernel=true sa_block_q_dq=256", "only with sa_use_fused_bwd_kernel=false"),
-  ("context_parallel_strategy=ring", "only with a parallelism over an axis that splits"),
+  ("context_parallel_strategy=ring", "only with a parallelism over an axis to which logical_axis_rules"),
   ("context_parallel_strategy=rign", "did you mean 'ring'?"),
   ("dtype=fp32", "dtype: 'fp32' is not known", "(float32, bfloat16)"),
   ("opt_type=adam", "opt_type: 'adam' is not known, did you mean 'adamw'? (adamw, sgd)"),
@@ -298,14 +298,14 @@ COMMAND_LINES = [
     "decoder_block=moe sparse_matmul=false megablox=false",
     "megablox: has an effect only with sparse_matmul=true",
   ),
-  ("sparse_matmul=false", "sparse_matmul: has an effect only with a decoder block that has exp"),
+  ("sparse_matmul=false", "sparse_matmul: has an effect only with a decoder_block that has exp"),
   (
     "load_balance_loss_weight=0.1",
-    "load_balance_loss_weight: has an effect only with a decoder block that has experts",
+    "load_balance_loss_weight: has an effect only with a decoder_block that has experts",
   ),
   (
     "decoder_block=moe interleave_moe_layer_step=9 load_balance_loss_weight=0.1",
-    "load_balance_loss_weight: has an effect only with a decoder block that has experts",
+    "load_balance_loss_weight: has an effect only with a decoder_block that has experts",
   ),
   (
     "decoder_block=moe routed_bias_update_rate=0.1",
@@ -338,7 +338,7 @@ COMMAND_LINES = [
   ),
   (
     ON_8 + "shard_optimizer_over_data=true",
-    "shard_optimizer_over_data: has an effect only with a parallelism over data",
+    "shard_optimizer_over_data: has an effect only with ici_data_parallelism",
   ),
   # keys that contradict each other, or do nothing
   (
