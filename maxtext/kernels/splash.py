@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as patterns
 
 from maxtext.kernels import OUT, Scores, register
 from maxtext.kernels.options import Blocks
 from maxtext.kernels.split import Split
 from maxtext.masks import Mask
 from maxtext.sharding import platform
+
+if TYPE_CHECKING:  # a tenth of a second to import, which is paid where it is used
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 DEFAULT = Blocks()
 INTERPRET = False  # run the kernel's program on any device, slowly: for tests
@@ -74,6 +77,8 @@ def flash(
 
 def _attention(blocks: Blocks, scores: Scores, q, k, v, mask: Mask, sink) -> jax.Array:
   """The same on one device. The kernel tags its result and log-sums with OUT."""
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
   t, h = q.shape[1:3]
   length, blocks = blocks.fitted(t)
   ids = _segments(mask)
@@ -83,7 +88,7 @@ def _attention(blocks: Blocks, scores: Scores, q, k, v, mask: Mask, sink) -> jax
   q = (q.astype(jnp.float32) * scores.scale).astype(q.dtype)
   q, k, v = (jnp.einsum("bthk->bhtk", pad(x)) for x in (q, k, v))
   kernel = splash.make_splash_mha(
-    patterns.MultiHeadMask([_pattern(mask, length)] * h),
+    splash.MultiHeadMask([_pattern(mask, length)] * h),
     block_sizes=_sizes(blocks),
     head_shards=1,
     q_seq_shards=1,
@@ -108,14 +113,16 @@ def _own(sink: jax.Array) -> jax.Array:
 _own.defvjp(lambda sink: (sink, sink), lambda sink, g: (g.astype(sink.dtype),))
 
 
-def _pattern(mask: Mask, length: int) -> patterns.Mask:
+def _pattern(mask: Mask, length: int) -> splash.Mask:
   """Who may see whom by the slots in which tokens stand; chunks are bounded, not cut."""
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
   reach = [side - 1 for side in (mask.window, mask.chunk) if side is not None]
   back = min(reach) if reach else None
   ahead = 0 if mask.causal else None if mask.chunk is None else mask.chunk - 1
   if back is None and ahead is None:
-    return patterns.FullMask((length, length))
-  return patterns.LocalMask((length, length), (back, ahead), offset=0)
+    return splash.FullMask((length, length))
+  return splash.LocalMask((length, length), (back, ahead), offset=0)
 
 
 def _segments(mask: Mask) -> jax.Array | None:
@@ -133,6 +140,8 @@ def _segments(mask: Mask) -> jax.Array | None:
 
 
 def _sizes(blocks: Blocks) -> splash.BlockSizes:
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
   fused, layouts = blocks.fused_backward, splash.QKVLayout
   return splash.BlockSizes(
     block_q=blocks.q,
