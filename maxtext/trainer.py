@@ -140,7 +140,7 @@ class Run:
     checkpoint = config.checkpoint
     if checkpoint.enable_checkpointing:
       self.checkpoints = self.nearest = Checkpoints(folder / "checkpoints", checkpoint)
-      self.save = Save(self.checkpoints, checkpoint.checkpoint_period, self._beside)
+      self.save = Save(self.checkpoints, checkpoint.period, self._beside)
       if checkpoint.enable_emergency_checkpoint:
         self.nearest = Local(folder, self.checkpoints, tree(built.state))
         self.saves = [Save(self.nearest, checkpoint.local_checkpoint_period, self._beside)]

@@ -33,7 +33,9 @@ def write_run(
       "down": place(weights.T.astype(jnp.bfloat16), None, "fsdp"),
     },
   }
-  section = Checkpoint(True, True, 10, 3, -1, 0, False, True, "", "", ocdbt, zarr3, False, "", 0)
+  section = Checkpoint(
+    True, True, 10, 3, -1, 0, False, True, "", "", ocdbt, zarr3, False, False, "", 0
+  )
   with Checkpoints(run / "checkpoints", section) as checkpoints:
     checkpoints.save(10, state, {})
     checkpoints.save(20, state, {"config": f"run_name: {run.name}\n"})

@@ -7,6 +7,7 @@ import pytest
 from end_to_end import sigterm
 from end_to_end.kills import kill_and_resume
 from end_to_end.runs import Run
+from maxtext.training.hooks import Save
 
 STEPS = 30
 KEYS = (f"steps={STEPS}", "eval_interval=15")
@@ -16,6 +17,26 @@ KEYS = (f"steps={STEPS}", "eval_interval=15")
 def parent(tmp_path_factory):
   """One folder for all runs: the compiled step is kept there."""
   return tmp_path_factory.mktemp("runs")
+
+
+def test_in_continuous_mode_a_save_begins_when_the_last_is_whole_and_none_before():
+  class Slow:
+    under_way = None
+    saves: list[int] = []
+
+    def save(self, step, *_, force):
+      assert self.under_way is None
+      self.saves.append(step)
+      self.under_way = step, 0.0
+
+  checkpoints = Slow()
+  save = Save(checkpoints, period=0, beside=lambda finished: {})
+  for finished in range(1, 30):
+    if save.due(finished):
+      save(finished, {})
+    if finished % 7 == 0:
+      checkpoints.under_way = None
+  assert Slow.saves == [1, 8, 15, 22, 29]
 
 
 def test_a_run_killed_three_times_equals_one_that_was_left_alone(parent):

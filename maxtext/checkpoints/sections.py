@@ -22,9 +22,15 @@ class Checkpoint:
   load_full_state_path: str
   checkpoint_storage_use_ocdbt: bool
   checkpoint_storage_use_zarr3: bool
+  enable_continuous_checkpointing: bool
   enable_emergency_checkpoint: bool
   local_checkpoint_directory: str
   local_checkpoint_period: Whole
+
+  @property
+  def period(self) -> int:
+    """Steps from one checkpoint to the next; 0: as soon as the last one is written."""
+    return 0 if self.enable_continuous_checkpointing else self.checkpoint_period
 
   def complaints(self) -> Iterator[tuple[str, ...]]:
     if self.load_parameters_path and self.load_full_state_path:
@@ -39,7 +45,7 @@ class Checkpoint:
     for key in (local, period):
       if wanted and not getattr(self, key):
         yield missing, f"needs a {key}; set it, or {missing}=false", key
-    if wanted and self.local_checkpoint_period >= self.checkpoint_period:
+    if wanted and self.local_checkpoint_period >= self.period > 0:
       yield (
         period,
         f"{self.local_checkpoint_period} is no less than checkpoint_period="

@@ -124,9 +124,11 @@ NEEDS = (
   _need("watchdog_restart", "a watchdog_timeout_seconds above 0"),
   _need(
     "save_checkpoint_on_start checkpoint_period max_num_checkpoints_to_keep rollback_limit"
-    " enable_emergency_checkpoint",
+    " enable_emergency_checkpoint enable_continuous_checkpointing",
     "enable_checkpointing=true",
   ),
+  _need("checkpoint_period", "enable_continuous_checkpointing=false"),
+  _need("enable_continuous_checkpointing", "async_checkpointing=true"),
   _need("local_checkpoint_directory local_checkpoint_period", "enable_emergency_checkpoint=true"),
   _need("rope_use_scale", "rope_type=llama3.1", lambda c: _rope_type(c) in ("llama3.1", None)),
   _need(

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from maxtext import hosts
 from maxtext.checkpoints.manager import Checkpoints
 from maxtext.log import log
 from maxtext.training.metrics import Metrics, due, eval_scalars, format_eval
@@ -64,8 +65,8 @@ class Evaluate:
 
 @dataclasses.dataclass
 class Save:
-  """Every `checkpoint_period` steps: the state, and beside it what `beside` says after so many
-  steps.
+  """Every `period` steps, or where that is 0 whenever no save is under way: the state, and beside
+  it what `beside` says after so many steps.
   """
 
   checkpoints: Checkpoints
@@ -76,7 +77,9 @@ class Save:
   phase: str = "checkpoint"
 
   def due(self, finished: int) -> bool:
-    return finished % self.period == 0
+    if self.period:
+      return finished % self.period == 0
+    return all(hosts.each(self.checkpoints.under_way is None))
 
   def __call__(self, finished: int, state: State) -> bool:
     if finished != self.saved:

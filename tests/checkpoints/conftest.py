@@ -27,6 +27,7 @@ SECTION = Checkpoint(
   load_full_state_path="",
   checkpoint_storage_use_ocdbt=True,
   checkpoint_storage_use_zarr3=True,
+  enable_continuous_checkpointing=False,
   enable_emergency_checkpoint=False,
   local_checkpoint_directory="",
   local_checkpoint_period=0,

@@ -33,7 +33,9 @@ def state(step):
   return {"step": step, "params": {f"w{n}": w(n) for n in range(6)}, "opt_state": {"mu": w(9)}}
 
 def checkpoints(**changes):
-  section = Checkpoint(True, True, 1, 2, -1, 0, False, True, "", "", True, True, False, "", 0)
+  section = Checkpoint(
+    True, True, 1, 2, -1, 0, False, True, "", "", True, True, False, False, "", 0
+  )
   return Checkpoints(Path(sys.argv[1]), dataclasses.replace(section, **changes))
 """
 
@@ -64,7 +66,7 @@ def kills(directory, count: int, rng: random.Random) -> None:
   exec(PRELUDE, namespace)
   state, section = (
     namespace["state"],
-    Checkpoint(True, True, 1, 2, -1, 0, False, True, "", "", True, True, False, "", 0),
+    Checkpoint(True, True, 1, 2, -1, 0, False, True, "", "", True, True, False, False, "", 0),
   )
   reached = None
   for trial in range(count):

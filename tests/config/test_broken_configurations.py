@@ -133,7 +133,10 @@ COMMAND_LINES = [
   ("sa_block_kv_dkv=640", "sa_block_kv_dkv_compute=512 does not divide sa_block_kv_dkv=640"),
   ("attention=dot_product sa_block_q=256", "an effect only with attention=flash or autoselected"),
   ("sa_use_fused_bwd_kernel=true sa_block_q_dq=256", "only with sa_use_fused_bwd_kernel=false"),
-  ("context_parallel_strategy=ring", "only with a parallelism over an axis to which logical_axis_rules"),
+  (
+    "context_parallel_strategy=ring",
+    "only with a parallelism over an axis to which logical_axis_rules",
+  ),
   ("context_parallel_strategy=rign", "did you mean 'ring'?"),
   ("dtype=fp32", "dtype: 'fp32' is not known", "(float32, bfloat16)"),
   ("opt_type=adam", "opt_type: 'adam' is not known, did you mean 'adamw'? (adamw, sgd)"),
