@@ -1,13 +1,14 @@
 """`python faults.py FAULT ENTRY ARGUMENTS`: an entry point, train or replay, with something broken.
 
 FAULT is nan or spike, which about one batch in thirty does to the loss; or data, step or save,
-which after twenty of them takes a minute.
+which after twenty of them takes a minute; or unread, where process 1 can read no state.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import sys
 import time
 from typing import Any
@@ -43,6 +44,18 @@ def slow(owner: Any, name: str) -> None:
   setattr(owner, name, slowly)
 
 
+def unread() -> None:
+  """Have process 1 fail where it reads arrays of a checkpoint."""
+  from maxtext.checkpoints import storage
+  from maxtext.checkpoints.stores import Store
+
+  def refuse(*_: Any) -> None:
+    raise AssertionError("process 1 reads a state")
+
+  if os.environ["JAX_PROCESS_ID"] == "1":
+    storage.read = Store.read = refuse  # type: ignore[assignment,method-assign]
+
+
 def main() -> None:
   fault, entry, *sys.argv[1:] = sys.argv[1:]
   from maxtext import trainer
@@ -51,6 +64,8 @@ def main() -> None:
 
   if fault in ("nan", "spike"):
     poisoned(float("nan") if fault == "nan" else 30.0)
+  elif fault == "unread":
+    unread()
   elif fault == "data":
     slow(trainer, "place")
   elif fault == "save":

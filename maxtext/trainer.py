@@ -262,9 +262,10 @@ class Run:
         self.incidents.resume(newest, extra, self.batches)
         log.info(f"resuming {self.folder} after {newest} steps")
       return from_tree(like, self.nearest.restore(newest, tree(like)))
-    if section.load_full_state_path:
-      state = from_tree(like, restore_state(section.load_full_state_path, tree(like))[0])
-      log.info(f"starting from {section.load_full_state_path}, after step {int(state.step) - 1}")
+    once = section.enable_single_replica_ckpt_restoring
+    if path := section.load_full_state_path:
+      state = from_tree(like, restore_state(path, tree(like), once)[0])
+      log.info(f"starting from {path}, after step {int(state.step) - 1}")
       return state
     if section.load_parameters_path:
       params = self._parameters(section.load_parameters_path)
@@ -284,7 +285,8 @@ class Run:
     like = self.program.state.params
     if hub.is_model(path):
       return load(open_model(path), like, self.program.stages)
-    return restore_parameters(path, like)
+    once = self.config.checkpoint.enable_single_replica_ckpt_restoring
+    return restore_parameters(path, like, once)
 
   def _histograms(self) -> Histograms | None:
     section = self.config.observe

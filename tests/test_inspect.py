@@ -34,7 +34,7 @@ def write_run(
     },
   }
   section = Checkpoint(
-    True, True, 10, 3, -1, 0, False, True, "", "", ocdbt, zarr3, False, False, "", 0
+    True, True, 10, 3, -1, 0, False, True, "", "", ocdbt, zarr3, False, False, False, "", 0
   )
   with Checkpoints(run / "checkpoints", section) as checkpoints:
     checkpoints.save(10, state, {})

@@ -162,7 +162,8 @@ class Checkpoints:
     Raises CheckpointError when the step is not whole, or is of another model.
     """
     self.wait()
-    return _restore(self._folder.step(step), self._manifest(step).arrays, target)
+    arrays, once = self._manifest(step).arrays, self._section.enable_single_replica_ckpt_restoring
+    return _restore(self._folder.step(step), arrays, target, once)
 
   def extra(self, step: int) -> dict[str, Any]:
     """What was saved beside the state: mappings as they were, texts as they were."""
@@ -230,21 +231,25 @@ class Checkpoints:
     return trouble
 
 
-def restore_state(path: str | Path, target: Any) -> tuple[Any, dict[str, Any]]:
-  """State and extra of the newest step of a run or a checkpoints folder, or of one step."""
+def restore_state(path: str | Path, target: Any, once: bool = False) -> tuple[Any, dict[str, Any]]:
+  """State and extra of the newest step of a run or a checkpoints folder, or of one step; `once`
+  reads each part in one process only.
+  """
   folder, manifest = locate(path)
-  return _restore(folder, manifest.arrays, target), read_extra(folder, manifest)
+  return _restore(folder, manifest.arrays, target, once), read_extra(folder, manifest)
 
 
-def restore_parameters(path: str | Path, target_params: Any) -> Any:
+def restore_parameters(path: str | Path, target_params: Any, once: bool = False) -> Any:
   """The parameters alone, from where `path` leads as in restore_state; no optimizer state is read.
 
   Raises CheckpointError when nothing whole is there, or the parameters are of another model.
   """
-  return read_parameters(*locate(path), target_params)
+  return read_parameters(*locate(path), target_params, once)
 
 
-def read_parameters(folder: Path, manifest: Manifest, target_params: Any) -> Any:
+def read_parameters(
+  folder: Path, manifest: Manifest, target_params: Any, once: bool = False
+) -> Any:
   """As restore_parameters, of a step that `locate` has found.
 
   They are rounded to the target's dtypes if they have others, which a line says.
@@ -257,7 +262,7 @@ def read_parameters(folder: Path, manifest: Manifest, target_params: Any) -> Any
     return like.update(dtype=kinds.get(name, like.dtype))
 
   there = jax.tree_util.tree_map_with_path(saved, target_params)
-  found = _restore(folder, params, {"params": there})["params"]
+  found = _restore(folder, params, {"params": there}, once)["params"]
   pairs = zip(jax.tree.leaves(there), jax.tree.leaves(target_params), strict=True)
   changes = {f"{a.dtype} as {b.dtype}" for a, b in pairs if a.dtype != b.dtype}
   if changes:
@@ -265,7 +270,7 @@ def read_parameters(folder: Path, manifest: Manifest, target_params: Any) -> Any
   return jax.tree.map(lambda x, like: x.astype(like.dtype), found, target_params)
 
 
-def _restore(folder: Path, arrays: tuple[Array, ...], target: Any) -> Any:
+def _restore(folder: Path, arrays: tuple[Array, ...], target: Any, once: bool) -> Any:
   storage = _storage()
   here = {array.path: array for array in storage.describe(target)}
   there = {array.path: array for array in arrays}
@@ -274,6 +279,9 @@ def _restore(folder: Path, arrays: tuple[Array, ...], target: Any) -> Any:
     here.pop(HISTORY, None), there.pop(HISTORY, None)
   if different := difference(there.values(), here.values()):
     raise CheckpointError(f"{folder} is of another model: {different}")
+  if once:
+    replicas = importlib.import_module("maxtext.checkpoints.replicas")  # imports TensorStore
+    return replicas.read(folder, arrays, target)
   try:
     return storage.read(folder / STATE, target)
   except Exception as error:  # Orbax and TensorStore raise whatever the layer below raised

@@ -23,6 +23,7 @@ class Checkpoint:
   checkpoint_storage_use_ocdbt: bool
   checkpoint_storage_use_zarr3: bool
   enable_continuous_checkpointing: bool
+  enable_single_replica_ckpt_restoring: bool
   enable_emergency_checkpoint: bool
   local_checkpoint_directory: str
   local_checkpoint_period: Whole

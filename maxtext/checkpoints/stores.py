@@ -29,8 +29,11 @@ class Store:
     self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE}})
     self._open: dict[str, Any] = {}
 
-  def read(self, array: Array, index: int | tuple[int, ...] | None = None) -> np.ndarray:
-    """An array in C order, or what stands at an index of its first axes. Raises CheckpointError."""
+  def read(self, array: Array, index: int | tuple[Any, ...] | None = None) -> np.ndarray:
+    """An array in C order, or what stands at an index of its first axes, or a part of it by slices.
+
+    Raises CheckpointError.
+    """
     try:
       if array.stored not in self._open:
         spec = _spec(self._state, array.stored)

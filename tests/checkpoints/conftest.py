@@ -28,6 +28,7 @@ SECTION = Checkpoint(
   checkpoint_storage_use_ocdbt=True,
   checkpoint_storage_use_zarr3=True,
   enable_continuous_checkpointing=False,
+  enable_single_replica_ckpt_restoring=False,
   enable_emergency_checkpoint=False,
   local_checkpoint_directory="",
   local_checkpoint_period=0,

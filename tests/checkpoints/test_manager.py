@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxtext.checkpoints import storage
 from maxtext.checkpoints.manager import restore_parameters, restore_state
+from maxtext.checkpoints.stores import Store
 from maxtext.errors import CheckpointError
 
 
@@ -46,6 +47,30 @@ def test_a_state_comes_back_bit_for_bit_on_any_mesh(
     assert jax.tree.map(lambda a: a.sharding, restored) == jax.tree.map(
       lambda a: a.sharding, target
     )
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 1)])
+def test_read_once_and_sent_to_its_replicas_a_state_has_the_same_bits(
+  open_checkpoints, states, extra, same_bits, monkeypatch, shape
+):
+  """Minus zeros and NaNs among them; and no byte of an array is read twice."""
+  checkpoints = open_checkpoints(enable_single_replica_ckpt_restoring=True)
+  state = states.of(10, states.mesh(2, 4))
+  checkpoints.save(10, state, extra)
+  checkpoints.wait()
+  read, bytes_read = Store.read, []
+
+  def counted(*arguments):
+    found = read(*arguments)
+    bytes_read.append(found.nbytes)
+    return found
+
+  monkeypatch.setattr(Store, "read", counted)
+  target = states.target(states.mesh(*shape))
+  restored = checkpoints.restore(10, target)
+  assert same_bits(restored, state)
+  assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, target))
+  assert sum(bytes_read) == sum(array.nbytes for array in jax.tree.leaves(state))
 
 
 def test_a_restored_state_can_be_donated(open_checkpoints, states, extra, same_bits, row):

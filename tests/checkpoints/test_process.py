@@ -34,7 +34,7 @@ def state(step):
 
 def checkpoints(**changes):
   section = Checkpoint(
-    True, True, 1, 2, -1, 0, False, True, "", "", True, True, False, False, "", 0
+    True, True, 1, 2, -1, 0, False, True, "", "", True, True, False, False, False, "", 0
   )
   return Checkpoints(Path(sys.argv[1]), dataclasses.replace(section, **changes))
 """
@@ -66,7 +66,9 @@ def kills(directory, count: int, rng: random.Random) -> None:
   exec(PRELUDE, namespace)
   state, section = (
     namespace["state"],
-    Checkpoint(True, True, 1, 2, -1, 0, False, True, "", "", True, True, False, False, "", 0),
+    Checkpoint(
+      True, True, 1, 2, -1, 0, False, True, "", "", True, True, False, False, False, "", 0
+    ),
   )
   reached = None
   for trial in range(count):

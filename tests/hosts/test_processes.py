@@ -150,6 +150,22 @@ def test_a_state_is_bit_equal_after_it_was_saved_and_restored_by_any_number_of_p
   assert alone.hashes() == hashes
 
 
+@pytest.mark.slow
+def test_a_state_that_one_replica_reads_is_bit_equal_in_the_other_which_reads_nothing(tmp_path):
+  keys = (*SMALL, *ONE_DEVICE, "ici_data_parallelism=2", "ici_fsdp_parallelism=1", "steps=3")
+  entry = (str(hosts.__file__).replace("hosts.py", "faults.py"), "unread", "train")
+  saved = Run(tmp_path, "saved", keys)
+  for process in hosts.together(saved, 2):
+    process.ends(0)
+  more = (f"load_full_state_path={saved.folder}", "save_checkpoint_on_start=true")
+  read = Run(tmp_path, "read", (*keys, *more), entry)
+  for process in hosts.together(read, 2, "enable_single_replica_ckpt_restoring=true"):
+    process.ends(0)
+  assert read.hashes() == saved.hashes()
+  codes, lines = ended(hosts.together(Run(tmp_path, "both", (*keys, *more), entry), 2))
+  assert 0 not in codes and "process 1 reads a state" in "".join(lines)
+
+
 def values(hashes: str) -> list[tuple[str, str]]:
   """Each array's path and sha256, without its sharding."""
   rows = [line.split("\t") for line in hashes.splitlines()]
