@@ -55,34 +55,49 @@ def sequential(w, x, mask):
   return x, jnp.stack(says)
 
 
-@pytest.mark.parametrize("sizes", SCHEDULES, ids=str)
-def test_layers_in_stages_are_the_layers_in_a_row(sizes):
-  schedule = Schedule(*sizes)
-  stages, repeats, each, count, _ = sizes
-  rows = 2 * count * (8 // stages)
+def piped(schedule, w, x, mask):
+  stages = schedule.stages
   grid = np.array(jax.devices()).reshape(8 // stages, stages)
   mesh = Mesh(grid, ("data", "stage"), axis_types=(AxisType.Auto,) * 2)
-  layout = sharding.Layout(mesh, sharding.Rules(RULES))
+  weights = {"w": nnx.Param(w, axes=("embed",))}
+  with sharding.use(sharding.Layout(mesh, sharding.Rules(RULES))):
+    return pipeline.run(layers, weights, x, mask, None, schedule)
+
+
+def inputs(sizes):
+  stages, repeats, each, count, _ = sizes
+  rows = 2 * count * (8 // stages)
   keys = jax.random.split(jax.random.key(0), 3)
   w = 1 + 0.1 * jax.random.normal(keys[0], (stages * repeats * each, WIDTH))
   x = jax.random.normal(keys[1], (rows, LENGTH, WIDTH))
   segments = jax.random.randint(keys[2], (rows, LENGTH), 0, 3)
-  mask = Mask.of(jnp.arange(rows * LENGTH).reshape(rows, LENGTH) % 7, segments)
+  return w, x, Mask.of(jnp.arange(rows * LENGTH).reshape(rows, LENGTH) % 7, segments)
 
-  def loss(run, w, x):
+
+def gradients(run, mask):
+  def loss(w, x):
     y, said = run(w, x, mask)
     return (y**2).sum(), (y, said)
 
-  def piped(w, x, mask):
-    weights = {"w": nnx.Param(w, axes=("embed",))}
-    with sharding.use(layout):
-      return pipeline.run(layers, weights, x, mask, None, schedule)
+  return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
-  found, expected = (
-    jax.jit(jax.value_and_grad(functools.partial(loss, run), (0, 1), has_aux=True))(w, x)
-    for run in (piped, sequential)
-  )
+
+@pytest.mark.parametrize("sizes", SCHEDULES, ids=str)
+def test_layers_in_stages_are_the_layers_in_a_row(sizes):
+  w, x, mask = inputs(sizes)
+  runs = functools.partial(piped, Schedule(*sizes)), sequential
+  found, expected = (gradients(run, mask)(w, x) for run in runs)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), found, expected)
+
+
+def test_a_program_does_not_grow_with_its_microbatches():
+  lines = []
+  for count in (4, 8, 32):
+    sizes = (4, 2, 1, count, 1)
+    w, x, mask = inputs(sizes)
+    lowered = gradients(functools.partial(piped, Schedule(*sizes)), mask).lower(w, x)
+    lines.append(lowered.as_text().count("\n"))
+  assert max(lines) < 1.05 * min(lines), lines
 
 
 @pytest.mark.parametrize("sizes", SCHEDULES, ids=str)
