@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: makes .venv in the checkout, or brings it up to date.
 #
-# `prepare EXTRA` leaves the project (editable) and that extra in "$venv", in the exact versions of
-# constraints.txt, and takes milliseconds when neither list changed. uv does the work where it is
-# found, else venv and pip. PYTHON chooses the interpreter; PIP_* and UV_* mean what they always mean.
+# `prepare EXTRA[,EXTRA]` leaves the project (editable) and these extras in "$venv", in the exact
+# versions of constraints.txt, and takes milliseconds when neither list changed. uv does the work
+# where it is found, else venv and pip. PYTHON chooses the interpreter; PIP_* and UV_* mean what they always mean.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
