@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,12 +56,11 @@ class Process:
       cwd=directory,
       start_new_session=True,
     )
-    self._reader = threading.Thread(target=self._read, daemon=True)
+    self._reader = threading.Thread(target=self._read, args=(self.popen.stdout,), daemon=True)
     self._reader.start()
 
-  def _read(self) -> None:
-    assert self.popen.stdout is not None
-    for line in self.popen.stdout:
+  def _read(self, lines: Iterable[str]) -> None:
+    for line in lines:
       with self._news:
         self.lines.append(line.rstrip("\n"))
         self._news.notify_all()

@@ -16,7 +16,7 @@ from maxtext import config as configs
 from maxtext import hardware, hosts, resume
 from maxtext import log as logs
 from maxtext.checkpoints import hub
-from maxtext.checkpoints.folder import locate, read_extra
+from maxtext.checkpoints.folder import locate_with_extra
 from maxtext.config import Config
 from maxtext.data.sections import Data
 from maxtext.errors import CheckpointError, ConfigError, DataError, run_cli
@@ -157,9 +157,9 @@ def _write(config: Config, folder: Path, prompts: list[str]) -> None:
   longest, trained = writer.check(prompts, length), _trained(config)
   with ThreadPoolExecutor(1) as background:
     compiling = background.submit(writer.compile, program.state.params, groups[0], length)
-    params = source.read(program)
+    name, params = source.read(program)
     compiling.result()
-  log.info(f"{source.name}, on {_devices(program)}")
+  log.info(f"{name}, on {_devices(program)}")
   if longest > trained:
     log.info(f"a text has up to {longest} tokens; the model has seen {trained} at once in training")
   begun = time.monotonic()
@@ -170,11 +170,12 @@ def _write(config: Config, folder: Path, prompts: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Where parameters come from; `digest` is their tokenizer's, None if nobody has noted it."""
+  """Where parameters come from, which `read` names; `digest` is their tokenizer's, None if nobody
+  has noted it.
+  """
 
-  name: str
   digest: str | None
-  read: Callable[[Program], Params]
+  read: Callable[[Program], tuple[str, Params]]
 
 
 def _source(config: Config, folder: Path) -> Source:
@@ -186,17 +187,19 @@ def _source(config: Config, folder: Path) -> Source:
     from maxtext.checkpoints.hub.model import open_model
 
     model = open_model(folder)
-    read = lambda program: load(model, program.state.params, program.stages)
-    return Source(f"the {model.family.model_type} model {folder}", None, read)
-  step, manifest = locate(folder)
-  from maxtext.checkpoints.manager import read_parameters
+    name = f"the {model.family.model_type} model {folder}"
+    return Source(None, lambda program: (name, load(model, program.state.params, program.stages)))
+  step, manifest, saved = locate_with_extra(folder)
+  from maxtext.checkpoints.manager import restore_newest
 
-  saved = read_extra(step, manifest)
   resume.check_model(config, saved)
   digest = saved.get("data", {}).get("tokenizer")
-  read = lambda program: read_parameters(step, manifest, program.state.params)
-  name = f"step {manifest.step - 1} of {folder}" if manifest.step else str(folder)
-  return Source(name, digest, read)
+
+  def read(program: Program) -> tuple[str, Params]:
+    found, params = restore_newest(folder, step, manifest, program.state.params)
+    return f"step {found.step - 1} of {folder}" if found.step else str(folder), params
+
+  return Source(digest, read)
 
 
 def _trained(config: Config) -> int:

@@ -295,23 +295,23 @@ class Run:
     return Histograms(self.metrics, section, self.config.training.steps)
 
   def _evaluate(self) -> Evaluate:
-    config = self.config
-    rows = config.eval.batch(config.training, self.devices)
-    limit = None if config.eval.eval_steps == -1 else config.eval.eval_steps
-
-    def held_out() -> Iterator[Batch]:
-      batches = self.open_batches(eval_batches, self.corpus, rows)
-      return itertools.islice(self.placed(batches, rows), limit)
-
     return Evaluate(
-      section=config.eval,
-      steps=config.training.steps,
+      section=self.config.eval,
+      steps=self.config.training.steps,
       evaluate=self.program.evaluate,
-      batches=held_out,
+      batches=self.held_out,
       write=self._sample(),
       metrics=self.metrics,
       progress=self.progress,
     )
+
+  def held_out(self) -> Iterator[Batch]:
+    """The batches of one evaluation."""
+    section = self.config.eval
+    rows = section.batch(self.config.training, self.devices)
+    limit = None if section.eval_steps == -1 else section.eval_steps
+    batches = self.open_batches(eval_batches, self.corpus, rows)
+    return itertools.islice(self.placed(batches, rows), limit)
 
   def _sample(self) -> Callable[[Params], str] | None:
     """params -> the text that an evaluation writes."""

@@ -31,7 +31,7 @@ LEVELS = (  # a module imports from levels above its own in this list, and from 
   ("estimate",),
   ("compiled",),
   ("trainer", "conversion"),
-  ("train", "decode", "compile", "launch", "prepare", "explain", "inspect", "replay"),
+  ("train", "decode", "compile", "launch", "prepare", "explain", "inspect", "replay", "evaluate"),
   ("convert",),  # offers another entry point's work as one of its commands
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -76,7 +76,7 @@ def test_every_end_to_end_script_is_in_the_documentation():
   named = set(
     re.findall(r"^\| `(\w+\.(?:py|sh))` ", (ROOT / "docs/development.md").read_text(), re.M)
   )
-  assert named == scripts - {"runs.py", "kills.py", "peaks.py", "faults.py"}
+  assert named == scripts - {"runs.py", "forks.py", "peaks.py", "faults.py"}
 
 
 def test_the_index_leads_to_every_page():

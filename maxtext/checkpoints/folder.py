@@ -193,6 +193,22 @@ def locate(path: str | Path) -> tuple[Path, Manifest]:
     raise CheckpointError(f"{found} {damage}") from None
 
 
+def locate_with_extra(path: str | Path) -> tuple[Path, Manifest, dict[str, Any]]:
+  """As `locate`, and what stands beside the arrays, though a run that trains deletes steps."""
+  while True:
+    step, manifest = locate(path)
+    try:
+      return step, manifest, read_extra(step, manifest)
+    except CheckpointError:
+      if not passed_by(path, step):
+        raise
+
+
+def passed_by(path: str | Path, step: Path) -> bool:
+  """Whether a step that `locate` has found at `path` is gone, so that it would find another now."""
+  return hosts.alone() and not step.is_dir() and Path(path).expanduser() != step
+
+
 def _newest(path: Path) -> Path:
   """The step that `locate` means, every byte of it as it was written."""
   wanted = "give a run's folder, its checkpoints folder or one step in it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import json
@@ -19,7 +20,7 @@ import jax
 from maxtext import hosts
 from maxtext.checkpoints import manifest as manifests
 from maxtext.checkpoints.arrays import Array, difference
-from maxtext.checkpoints.folder import STATE, Folder, locate, read_extra
+from maxtext.checkpoints.folder import STATE, Folder, locate, passed_by, read_extra
 from maxtext.checkpoints.manifest import Manifest
 from maxtext.checkpoints.sections import Checkpoint
 from maxtext.errors import CheckpointError
@@ -118,7 +119,8 @@ class Checkpoints:
       self.wait()
     finally:
       if self._writer is not None:
-        self._writer.close()
+        with contextlib.suppress(Exception):  # Orbax says once more what failed in a save
+          self._writer.close()
         self._writer = None
 
   def __enter__(self) -> Checkpoints:
@@ -268,6 +270,21 @@ def read_parameters(
   if changes:
     log.info(f"{folder}: taking {', '.join(sorted(changes))}")
   return jax.tree.map(lambda x, like: x.astype(like.dtype), found, target_params)
+
+
+def restore_newest(
+  path: str | Path, step: Path, manifest: Manifest, target_params: Any
+) -> tuple[Manifest, Any]:
+  """read_parameters of a `step` that `locate` has found at `path`; where a run that trains on has
+  deleted it since, of the one that is its newest now. Raises CheckpointError.
+  """
+  while True:
+    try:
+      return manifest, read_parameters(step, manifest, target_params)
+    except CheckpointError:
+      if not passed_by(path, step):
+        raise
+    step, manifest = locate(path)
 
 
 def _restore(folder: Path, arrays: tuple[Array, ...], target: Any, once: bool) -> Any:

@@ -21,6 +21,15 @@ from maxtext.training.state import Params, State, tree
 from maxtext.training.step import Batch
 
 
+def average(
+  evaluate: Callable[[Params, Batch], dict[str, Any]], params: Params, batches: Iterable[Batch]
+) -> dict[str, float]:
+  """The scalars of an evaluation of all `batches`."""
+  sums = [evaluate(params, batch)["lm_loss"] for batch in batches]
+  entropy = jax.device_get(reduce(add, sums))
+  return eval_scalars(entropy.total, entropy.weight)
+
+
 @dataclasses.dataclass
 class Evaluate:
   """Every `eval_interval` steps and after the last: the loss on held-out text, and a sample of
@@ -47,10 +56,8 @@ class Evaluate:
 
   def __call__(self, finished: int, state: State) -> bool:
     with self.progress.doing("evaluating"):
-      sums = [self.evaluate(state.params, batch)["lm_loss"] for batch in self.batches()]
-      entropy = jax.device_get(reduce(add, sums))
+      scalars = average(self.evaluate, state.params, self.batches())
       sample = self.write(state.params) if self.write is not None else ""
-    scalars = eval_scalars(entropy.total, entropy.weight)
     self.last, self.at = scalars["eval/avg_loss"], finished
     log.info(format_eval(finished - 1, scalars))
     self.metrics.scalars(finished - 1, scalars)

@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxtext.checkpoints import storage
-from maxtext.checkpoints.manager import restore_parameters, restore_state
+from maxtext.checkpoints.folder import locate
+from maxtext.checkpoints.manager import restore_newest, restore_parameters, restore_state
 from maxtext.checkpoints.stores import Store
 from maxtext.errors import CheckpointError
 
@@ -271,6 +272,23 @@ def test_parameters_alone_are_restored_from_a_run_its_checkpoints_or_a_step(
     CheckpointError, match="params/embedding, float32 .16 32. in the checkpoint, is not in"
   ):
     restore_parameters(where, target)
+
+
+def test_parameters_come_from_the_newest_step_where_training_has_deleted_the_one_that_was_found(
+  open_checkpoints, states, extra, same_bits, row
+):
+  checkpoints = open_checkpoints()
+  for step in (10, 20):
+    checkpoints.save(step, states.of(step, row), extra)
+  checkpoints.wait()
+  run, target = checkpoints.directory.parent, states.target(row)["params"]
+  old = locate(checkpoints.directory / "10")
+  assert restore_newest(run, *old, target)[0].step == 10
+  checkpoints.drop(10)
+  manifest, params = restore_newest(run, *old, target)
+  assert (manifest.step, same_bits(params, states.of(20, row)["params"])) == (20, True)
+  with pytest.raises(CheckpointError):  # it was named
+    restore_newest(old[0], *old, target)
 
 
 def test_a_full_state_comes_from_another_run_with_its_extras(
