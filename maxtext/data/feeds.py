@@ -23,7 +23,7 @@ import numpy as np
 from maxtext.data import prepared
 from maxtext.data.errors import Damaged
 from maxtext.data.kinds import given
-from maxtext.data.records import ArrayRecords, Record
+from maxtext.data.records import Record
 from maxtext.data.sections import Data
 from maxtext.data.sources import Source
 from maxtext.data.tokenizers import Tokenizer
@@ -169,6 +169,7 @@ class SourceFeed:
     self.name = self._source.name
     self._order = functools.lru_cache(maxsize=2)(self._permutation)
     self._chunks: dict[int, Callable[[], Tokenised]] = {}
+    self._held: dict[int, np.ndarray | Damaged] = {}
 
   def __len__(self) -> int:
     return sys.maxsize if self._epochs is None else self._epochs * len(self._source)
@@ -195,7 +196,12 @@ class SourceFeed:
   def _numbers(self, chunk: int) -> np.ndarray:
     """Which documents of the source a chunk of draws is."""
     draws = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self)))
-    return np.array([self._order(n // len(self._source))[n % len(self._source)] for n in draws])
+    return np.array([self._place(number) for number in draws])
+
+  def _place(self, number: int) -> int:
+    """Which document of the source a draw is."""
+    epoch, place = divmod(number, len(self._source))
+    return int(self._order(epoch)[place])
 
   def _permutation(self, epoch: int) -> np.ndarray:
     if self._seed is None:
@@ -203,13 +209,29 @@ class SourceFeed:
     return self._source.order(self._seed << 32 | epoch)
 
   def _prepared(self, number: int) -> tuple[int, Callable[[], np.ndarray]]:
-    epoch, place = divmod(number, len(self._source))
-    files, rows = self._source.locate(self._order(epoch)[place : place + 1])
-    assert self._source.index is not None
-    file, row = self._source.files[int(files[0])], int(rows[0])
-    length, crc = self._source.index[self._source.firsts[int(files[0])] + row].tolist()
-    assert isinstance(file, ArrayRecords)
+    place, index = self._place(number), self._source.index
+    assert index is not None
+    length = int(index[self._source.kept[place], 0])
     if length < 2:
-      raise Damaged(file.where(row), "a single token, which leaves nothing to predict")
-    # kept with the document, for the rows that it goes on in
-    return length - 1, functools.cache(lambda: prepared.tokens(file, row, length, crc))
+      raise Damaged(self._source.where(place), "a single token, which leaves nothing to predict")
+    return length - 1, functools.partial(self._fetched, number)
+
+  def _fetched(self, number: int) -> np.ndarray:
+    if number not in self._held:
+      self.fetch([number])
+    ids = self._held[number]
+    if isinstance(ids, Damaged):
+      raise ids
+    return ids
+
+  def fetch(self, numbers: Sequence[int]) -> None:
+    """Read prepared documents that are about to be asked for, all at once; forget the others."""
+    self._held = {number: self._held[number] for number in numbers if number in self._held}
+    wanted = [number for number in dict.fromkeys(numbers) if number not in self._held]
+    if self._source.index is None or not wanted:
+      return
+    places = np.array([self._place(number) for number in wanted])
+    said = self._source.index[self._source.kept[places]].tolist()
+    for number, (length, crc), record in zip(wanted, said, self._source.read(places)):
+      where = functools.partial(self._source.where, self._place(number))
+      self._held[number] = prepared.tokens(record, length, crc, where)

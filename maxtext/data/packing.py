@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -229,6 +230,9 @@ class PieceFeed:
     ids = self._pieces[number]
     return len(ids) - 1, lambda: ids
 
+  def fetch(self, numbers: Sequence[int]) -> None:
+    """They are there."""
+
 
 class Planned:
   """Rows that are planned block by block: every host plans all, and makes its own.
@@ -243,16 +247,11 @@ class Planned:
     self._go_on({"row": 0, "given": 0, **draws.get_state()})
 
   def take(self, count: int, kept: slice) -> list[Row]:
-    rows = []
-    for index in range(count):
-      spans = self._next()
-      if spans is None and not index:
-        raise StopIteration
-      if spans is None:
-        break
-      if kept.start <= index < kept.stop:
-        rows.append(self._made(spans))
-    return rows
+    rows = list(itertools.islice(iter(self._next, None), count))
+    if not rows:
+      raise StopIteration
+    self._draws.fetch(rows[kept])
+    return [self._made(spans) for spans in rows[kept]]
 
   def get_state(self) -> dict[str, Any]:
     return self._state

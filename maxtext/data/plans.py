@@ -49,6 +49,9 @@ class Feed(Protocol):
   def take(self, number: int) -> tuple[int, Callable[[], np.ndarray]]:
     """pairs and read of a document; raises Damaged where it is to be passed over."""
 
+  def fetch(self, numbers: Sequence[int]) -> None:
+    """Make ready for the `read` of these documents, which all belong to one batch."""
+
 
 class Draws:
   """Documents of several feeds: a feed's share of those drawn is within one document of its weight.
@@ -98,6 +101,12 @@ class Draws:
     """A document that was drawn before, and has pairs left."""
     (at,) = (at for at, feed in enumerate(self.feeds) if feed.name == name)
     return Document(at, number, *self.feeds[at].take(number), begun)
+
+  def fetch(self, rows: Sequence[Sequence[Span]]) -> None:
+    """Make ready for the `read` of the documents of these rows."""
+    documents = [span.document for row in rows for span in row]
+    for at, feed in enumerate(self.feeds):
+      feed.fetch([document.number for document in documents if document.feed == at])
 
   def get_state(self) -> dict[str, Any]:
     names = [feed.name for feed in self.feeds]

@@ -11,14 +11,14 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from maxtext.data.errors import Damaged
-from maxtext.data.records import ArrayRecords, File, brief
+from maxtext.data.records import ArrayRecords, File, Record, brief
 from maxtext.errors import DataError
 
 MANIFEST, INDEX, FORMAT = "manifest.json", ".index.npy", 1
@@ -61,15 +61,16 @@ def index(files: Sequence[File]) -> np.ndarray | None:
   return np.concatenate(parts)
 
 
-def tokens(file: ArrayRecords, row: int, length: int, crc: int) -> np.ndarray:
-  """The ids of a document. Raises Damaged."""
-  (found,) = file.read([row])
-  if isinstance(found, Damaged):
-    raise found
-  record = found["record"]
-  if len(record) != 4 * length or zlib.crc32(record) != crc:
-    raise Damaged(file.where(row), "not what was prepared: its checksum is another")
-  return np.frombuffer(record, "<i4")
+def tokens(
+  record: Record | Damaged, length: int, crc: int, where: Callable[[], str]
+) -> np.ndarray | Damaged:
+  """The ids of a document, or what is wrong with it."""
+  if isinstance(record, Damaged):
+    return record
+  content = record["record"]
+  if len(content) != 4 * length or zlib.crc32(content) != crc:
+    return Damaged(where(), "not what was prepared: its checksum is another")
+  return np.frombuffer(content, "<i4")
 
 
 def check(folder: str, settings: dict[str, Any], where: str) -> None:

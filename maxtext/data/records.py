@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import hashlib
 import importlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from maxtext.errors import DataError, closest
 
 Record = dict[str, Any]  # a column's value: text, bytes, or a list of token ids
 EDGE = 2**16  # bytes at a file's begin and end that tell it from another of its size
+FAILURES = (OSError, ValueError, RuntimeError, LookupError, MemoryError, OverflowError)
 HELD = 4  # groups of rows that are kept decoded
 
 
-class File:
+class File(abc.ABC):
   """A file of `count` records. Each process opens it for itself; copies of it are small."""
 
   unit = "record"
@@ -59,24 +61,28 @@ class File:
       problem = f"the file cannot be read any more: {error.strerror}"
     if problem:
       return [Damaged(self.where(row), problem) for row in rows]
-    return [self._record(row) for row in rows]
+    return self._records(rows)
 
-  def _record(self, row: int) -> Record | Damaged:
+  def _records(self, rows: Sequence[int]) -> list[Record | Damaged]:
+    return [self._tried(row, self._row, row) for row in rows]
+
+  def _tried(self, row: int, made: Callable[[Any], Record], of: Any) -> Record | Damaged:
     try:
-      return self._row(row)
-    except (OSError, ValueError, RuntimeError, LookupError, MemoryError, OverflowError) as error:
+      return made(of)
+    except FAILURES as error:
       return Damaged(self.where(row), brief(error))
 
   def _stamp(self) -> tuple[int, int, int]:
     stat = os.stat(self.path)
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
+  @abc.abstractmethod
   def _open(self) -> int:
     """Look at the file; how many records it has. Raises OSError or DataError."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def _row(self, row: int) -> Record:
-    raise NotImplementedError
+    """A record. Raises some of FAILURES."""
 
   def __getstate__(self) -> dict[str, Any]:
     return {name: value for name, value in vars(self).items() if name != "_handle"}
@@ -89,18 +95,34 @@ class ArrayRecords(File):
 
   def _open(self) -> int:
     try:
-      return len(self._handle)
+      reader = self._reader()
+      count = int(reader.num_records())
+      reader.close()  # raises where it is none
+      return count
     except RuntimeError as error:
       raise DataError(f"{self.shown}: is no whole ArrayRecord file: {brief(error)}") from None
 
+  def _reader(self) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(self.path, "readahead_buffer_size:0", file_reader_buffer_size=2**15)
+
   @functools.cached_property
   def _handle(self) -> Any:
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
+    return self._reader()
 
-    return ArrayRecordDataSource([f"{self.path}"])
+  def _records(self, rows: Sequence[int]) -> list[Record | Damaged]:
+    """All in one call, which takes a fraction of the time; one that is damaged fails them all."""
+    try:
+      found = self._handle.read(rows)
+    except FAILURES:
+      return super()._records(rows)
+    return [self._tried(row, self._decoded, record) for row, record in zip(rows, found)]
 
   def _row(self, row: int) -> Record:
-    record = self._handle[row]
+    return self._decoded(self._handle.read([row])[0])
+
+  def _decoded(self, record: bytes) -> Record:
     return {"record": record} if self.raw else examples.columns(record)
 
 
@@ -179,9 +201,9 @@ class Groups(File):
 
   kind = ""
 
+  @abc.abstractmethod
   def _look(self) -> Sequence[str]:
     """Sets `group_sizes`; the names of the columns."""
-    raise NotImplementedError
 
   def _row(self, row: int) -> Record:
     group = int(self._firsts.searchsorted(row, side="right")) - 1
@@ -191,9 +213,9 @@ class Groups(File):
     except package("pyarrow", "").ArrowException as error:
       raise ValueError(brief(error)) from None
 
+  @abc.abstractmethod
   def _held(self, number: int) -> Any:
     """A group, as a table of the columns."""
-    raise NotImplementedError
 
 
 class Parquet(Groups):

@@ -58,6 +58,11 @@ class Source:
     files = firsts.searchsorted(records, side="right") - 1
     return files, records - firsts[files]
 
+  def where(self, number: int) -> str:
+    """Where the record of a number among `kept` stands."""
+    (file,), (row,) = self.locate(np.array([number]))
+    return self.files[file].where(int(row))
+
   def order(self, key: int) -> np.ndarray:
     """A permutation of all numbers. Where a group of rows is read at a time, few groups are mixed
     at once: any `HELD` that follow each other in an order of the groups.

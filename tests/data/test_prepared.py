@@ -11,6 +11,7 @@ from maxtext import prepare
 from maxtext.data import feeds
 from maxtext.data.corpus import open_corpus
 from maxtext.data.pipeline import eval_batches, train_batches
+from maxtext.data.records import ArrayRecords
 from maxtext.errors import ConfigError, DataError
 from tests.data.shards import batches, documents, streamed, texts, write
 
@@ -73,11 +74,11 @@ def test_text_is_prepared_too(tmp_path):
 
 def test_a_host_reads_only_the_documents_of_its_rows(made, monkeypatch):
   read = []
-  tokens = feeds.prepared.tokens
+  whole = ArrayRecords.read
   monkeypatch.setattr(
-    feeds.prepared,
-    "tokens",
-    lambda file, row, *rest: read.append((file.path, row)) or tokens(file, row, *rest),
+    ArrayRecords,
+    "read",
+    lambda file, rows: read.extend((file.path, row) for row in rows) or whole(file, rows),
   )
   monkeypatch.setattr(feeds, "tokenised", None)
   data = reading(made)
