@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,31 +45,51 @@ def whole(w: jax.Array, axes: sharding.Axes) -> jax.Array:
   return sharding.place(w, layout.gathered(axes, w.shape).spec)
 
 
-def partial(product: Callable[..., jax.Array], axes: sharding.Axes, *rows: jax.Array) -> jax.Array:
-  """product(*rows) for every share of the tokens by itself -> [ways ...], each where they are.
+def partial(equation: str, axes: sharding.Axes, *rows: jax.Array, precision: Any) -> jax.Array:
+  """The float32 einsum of rows [b t ...] for every share of the tokens by itself -> [ways ...],
+  each where they are.
 
-  `rows` are [b t ...]; the product has the shape of a parameter with these axes, and is a sum over
-  all tokens once `scatter` has added the shares up.
+  The einsum sums over tokens, to the shape of a parameter with these axes; `scatter` adds the
+  shares up.
   """
   layout = sharding.active()
-  if layout is None or not (tokens := layout.token_axes):
+  product = functools.partial(
+    sharding.einsum, equation, precision=precision, preferred_element_type=jnp.float32
+  )
+  if layout is None or not (layout.explicit or layout.token_axes):
     return product(*rows)[None]
+  tokens = layout.token_axes or None
+  if tokens is None:
+    shares = product(*rows)[None]
+  else:
 
-  def one(*rows: jax.Array) -> jax.Array:
-    with sharding.use(None):
-      return product(*rows)[None]
+    def one(*rows: jax.Array) -> jax.Array:
+      with sharding.use(None):
+        return product(*rows)[None]
 
-  if layout.explicit:  # types of parts over some axes forget the others
-    inputs = tuple(PartitionSpec(*layout.tokens, *jax.typeof(x).sharding.spec[2:]) for x in rows)
-    outputs = PartitionSpec(tokens, *jax.eval_shape(product, *rows).sharding.spec)
-    run = sharding.by_device(one, inputs, outputs)
-  else:  # over the other axes it stays one program
-    over = (*tokens, *layout.around)
-    run = sharding.by_device(one, layout.tokens, PartitionSpec(tokens), over)
-  shares = run(*rows)
+    if layout.explicit:  # types of parts over some axes forget the others
+      inputs, out = equation.split("->")
+      split = sharding.shares(out, zip(inputs.split(","), rows))
+      kept = lambda letters: [sharding.entry_of(split[letter]) for letter in letters]
+      specs = [PartitionSpec(*layout.tokens, *kept(each[2:])) for each in inputs.split(",")]
+      run = sharding.by_device(one, tuple(specs), PartitionSpec(tokens, *kept(out)))
+    else:  # over the other axes it stays one program
+      over = (*tokens, *layout.around)
+      run = sharding.by_device(one, layout.tokens, PartitionSpec(tokens), over)
+    shares = run(*rows)
   return sharding.place(
     shares, PartitionSpec(tokens, *layout.gathered(axes, shares.shape[1:]).spec)
   )
+
+
+def nothing(axes: sharding.Axes, shape: tuple[int, ...]) -> jax.Array:
+  """What `partial` gives where there are no tokens: zeros, of a parameter of this shape."""
+  layout = sharding.active()
+  if layout is None or not (layout.explicit or layout.token_axes):
+    return jnp.zeros((1, *shape), jnp.float32)
+  tokens = layout.token_axes
+  zeros = jnp.zeros((math.prod(layout.mesh.shape[m] for m in tokens), *shape), jnp.float32)
+  return sharding.place(zeros, PartitionSpec(tokens or None, *layout.gathered(axes, shape).spec))
 
 
 def scatter(shares: jax.Array, axes: sharding.Axes) -> jax.Array:

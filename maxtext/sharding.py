@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -279,19 +279,30 @@ def einsum(
   equation: str, *operands: jax.Array, like: jax.Array | None = None, **options: Any
 ) -> jax.Array:
   """As jax.numpy's. The result is split as `like` is, or else each dimension as the first operand
-  that splits it; what is summed over is added up.
+  that splits it, by what splits none before it; what is summed over is added up.
   """
   layout = _active.get()
   if layout is None or not layout.explicit:
     return jnp.einsum(equation, *operands, **options)
   inputs, out = equation.split("->")
+  split = shares(out, [(out, like)] if like is not None else zip(inputs.split(","), operands))
+  spec = PartitionSpec(*(entry_of(split[letter]) for letter in out))
+  return jnp.einsum(equation, *operands, out_sharding=spec, **options)
+
+
+def shares(out: str, given: Iterable[tuple[str, jax.Array]]) -> dict[str, tuple[str, ...]]:
+  """The mesh axes that split each dimension of `out`, by its letter, as the types of the arrays say
+  in which they are dimensions: the first that splits one counts, and an axis splits but one.
+  """
   split: dict[str, tuple[str, ...]] = {}
-  given = zip(inputs.split(","), operands) if like is None else [(out, like)]
   for letters, x in given:
     for letter, entry in zip(letters, jax.typeof(x).sharding.spec):
       split[letter] = split.get(letter) or names_of(entry)
-  spec = PartitionSpec(*(entry_of(split[letter]) for letter in out))
-  return jnp.einsum(equation, *operands, out_sharding=spec, **options)
+  used: set[str] = set()
+  for letter in out:
+    split[letter] = tuple(m for m in split[letter] if m not in used)
+    used |= set(split[letter])
+  return split
 
 
 def joined(x: jax.Array) -> jax.Array:

@@ -142,11 +142,13 @@ def test_a_layout_changes_no_number(layout, model):
   ("layout", "model", "parts"),
   [
     ("megatron_sp", "gqa", 2),
+    ("data 2 fsdp 2 tensor_transpose 2", "linear", 1),
     *(
       pytest.param(layout, model, 1, marks=pytest.mark.slow)
       for layout in LAYOUTS
       for model in MODELS
       if model != "linear" or "context" not in layout
+      if (layout, model) != ("data 2 fsdp 2 tensor_transpose 2", "linear")
       if model != "moe" or ZERO not in LAYOUTS[layout]
     ),
   ],

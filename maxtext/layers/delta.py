@@ -12,6 +12,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from maxtext import collectives
 from maxtext.caches import StateCache
 from maxtext.errors import ConfigError
 from maxtext.kernels import OUT
@@ -125,7 +126,7 @@ class DeltaNet(nnx.Module):
     """
     size, t = self.spec.conv, run.shape[1]
     convs = (self.query_conv, self.key_conv, self.value_conv)
-    kernel = jnp.concatenate([conv[...].astype(jnp.float32) for conv in convs], axis=-1)
+    kernel = jnp.concatenate([_whole(conv) for conv in convs], axis=-1)
     runs = jnp.pad(run, [(0, 0), (size - 1, 0)])
     y = jnp.zeros((), jnp.float32)
     for i in range(size):
@@ -139,12 +140,16 @@ class DeltaNet(nnx.Module):
     q, k, v = jnp.split(mixed, [spec.key_dim, 2 * spec.key_dim], axis=-1)
     v = v.reshape(*v.shape[:3], spec.per_key, spec.value_dim)
     rate, step = jnp.split(self.ba_proj(x).astype(jnp.float32), 2, axis=-1)  # [b t g r] each
-    by_head = lambda p: p[...].astype(jnp.float32).reshape(spec.key_heads, spec.per_key)
+    by_head = lambda p: _whole(p).reshape(spec.key_heads, spec.per_key)
     decay = -jnp.exp(by_head(self.a_log)) * jax.nn.softplus(step + by_head(self.dt_bias))
     there = lambda y: jnp.where(real[..., None, None], y, 0.0)
     q, k = constrain(_unit(q) * spec.key_dim**-0.5, *HEADS), constrain(_unit(k), *HEADS)
     v = constrain(v, *HEADS, None)
     return Inputs(q, k, v, there(decay), there(jax.nn.sigmoid(rate)), starts)
+
+
+def _whole(p: nnx.Param) -> jax.Array:
+  return collectives.whole(p[...].astype(jnp.float32), p.get_metadata()["axes"])
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -103,7 +103,8 @@ def _backward(work: Work, saved: tuple[Arrays, Arrays], g: Arrays):
   dparams = tuple(
     sharding.constrain(d, *a).astype(p.dtype) for d, a, p in zip(dparams, work.params, params)
   )
-  return tuple(next(left) if moves else None for moves in moving), dparams
+  gradient = lambda x, moves: sharding.alike(next(left), x) if moves else None
+  return tuple(map(gradient, tokens, moving)), dparams
 
 
 _run.defvjp(_forward, _backward)

@@ -109,10 +109,8 @@ def _dot_backward(equation, axes, precision, saved, g):
   dx = sharding.einsum(
     f"{out},{b}->{a}", g, collectives.gather(w.astype(x.dtype), axes), precision=precision, like=x
   )
-  product = functools.partial(
-    sharding.einsum, f"{a},{out}->{b}", precision=precision, preferred_element_type=jnp.float32
-  )
-  dw = collectives.scatter(collectives.partial(product, axes, x, g), axes)
+  shares = collectives.partial(f"{a},{out}->{b}", axes, x, g, precision=precision)
+  dw = collectives.scatter(shares, axes)
   return dx, dw.astype(w.dtype)
 
 

@@ -66,19 +66,17 @@ def _forward(head: Head, x: jax.Array, w: jax.Array, targets: jax.Array, weights
   used = collectives.gather(w.astype(x.dtype), head.axes)
   a, b, out = head.equation.replace("->", ",").split(",")
 
-  product = functools.partial(
-    sharding.einsum, f"{a},{out}->{b}", precision=head.precision, preferred_element_type=jnp.float32
-  )
-
   def tile(carry: tuple[Sums, jax.Array], part: tuple):
     sums, shares = carry
     new, dlogits = _tile(head, used, *part)
     dx = sharding.einsum(f"{out},{b}->{a}", dlogits, used, precision=head.precision, like=part[0])
-    more = collectives.partial(product, head.axes, part[0], dlogits)
+    more = collectives.partial(
+      f"{a},{out}->{b}", head.axes, part[0], dlogits, precision=head.precision
+    )
     return (_add(sums, new), shares + more), dx
 
-  none = collectives.partial(lambda x: jnp.zeros(w.shape, jnp.float32), head.axes, x)
-  (sums, shares), dx = lax.scan(tile, (_zeros(), none), _cut(head, x, targets, weights))
+  none = _zeros(), collectives.nothing(head.axes, w.shape)
+  (sums, shares), dx = lax.scan(tile, none, _cut(head, x, targets, weights))
   # added up before anything else: the shares, a whole unembedding in float32, would be kept until
   # the end of the backward pass, to be sent along with the embedding's
   dx, dw = lax.optimization_barrier((_join(dx), collectives.scatter(shares, head.axes)))
