@@ -228,7 +228,7 @@ def _tiles(config: Config) -> Iterator[Problem]:
 
 def _held_out(config: Config) -> Iterator[Problem]:
   data, interval = config.data, config.eval.eval_interval
-  named = data.grain_eval_files or data.eval_split or data.dataset_type == "synthetic"
+  named = data.evaluated or data.dataset_type == "synthetic"
   if interval > 0 and not data.eval_fraction and not named:
     yield (
       "eval_interval",

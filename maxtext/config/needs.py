@@ -82,11 +82,18 @@ NEEDS = (
   ),
   _need("record_internal_nn_metrics", "enable_tensorboard=true"),
   _need(
-    "packing grain_packing_type max_segments_per_seq add_eos enable_data_shuffling eval_fraction",
+    "packing grain_packing_type max_segments_per_seq use_truncation add_eos"
+    " enable_data_shuffling eval_fraction",
     "another dataset_type than synthetic",
   ),
   _need("grain_train_files grain_eval_files grain_train_mixture_config_path", "dataset_type=grain"),
-  _need("hf_path train_split eval_split", "dataset_type=hf"),
+  _need("hf_path hf_train_files", "dataset_type=hf"),
+  _need("hf_eval_files", "hf_train_files", lambda c: bool(c.data.hf_train_files)),
+  _need(
+    "hf_name train_split eval_split",
+    "dataset_type=hf and a saved dataset, hf_path",
+    lambda c: c.data.dataset_type == "hf" and not c.data.hf_train_files,
+  ),
   _need(
     "grain_file_type grain_worker_count train_data_columns eval_data_columns dataset_cache_dir"
     " data_errors",
@@ -95,12 +102,12 @@ NEEDS = (
   _need(
     "eval_data_columns",
     "eval_split or grain_eval_files, since held-out documents have train_data_columns",
-    lambda c: bool(c.data.grain_eval_files or c.data.eval_split),
+    lambda c: bool(c.data.evaluated),
   ),
   _need(
     "eval_fraction",
     "neither eval_split nor grain_eval_files, which say what is evaluated on",
-    lambda c: not (c.data.grain_eval_files or c.data.eval_split),
+    lambda c: not c.data.evaluated,
   ),
   _need(
     "text_column",

@@ -87,7 +87,8 @@ def _read(config: Config) -> Iterator[Problem]:
   if data.dataset_type == "text" and (path := data.dataset_path) and not _is_there(path):
     offer = "name a file, folder or glob, or leave it empty for the embedded corpus"
     yield "dataset_path", f"{shown(path)}: no such file or folder; {offer}"
-  for key in ("grain_train_files", "grain_eval_files", "grain_train_mixture_config_path"):
+  files = "grain_train_files", "grain_eval_files", "hf_train_files", "hf_eval_files"
+  for key in (*files, "grain_train_mixture_config_path"):
     for part in filter(None, getattr(data, key).split(";")):
       path = (part.strip().rpartition(",")[0] if ";" in getattr(data, key) else "") or part
       if "://" not in path and not _is_there(path):

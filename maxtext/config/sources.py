@@ -115,6 +115,8 @@ def _unknown(setting: Setting) -> str:
   if setting.level == ENVIRONMENT:
     near = closest(setting.typed.upper(), [f"M_{k.upper()}" for k in SECTION_OF])
     return f"no such key{near}; unset it if it is not meant for this program"
+  if key == "hf_access_token":
+    return "a secret stands in no configuration and no log; set HF_TOKEN in the environment"
   if key in SECTIONS:
     first = next(k for k, section in SECTION_OF.items() if section == key)
     return f"is a section; set its keys one by one, as {first}=VALUE"

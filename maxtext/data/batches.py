@@ -95,7 +95,7 @@ class Batches(Iterator[Batch]):
 # The other settings that a part of the state depends on.
 _SETTINGS = {
   "data_shuffle_seed": ("enable_data_shuffling",),
-  "grain_packing_type": ("packing",),
+  "grain_packing_type": ("packing", "use_truncation"),
   "tokenizer": ("tokenizer_type", "tokenizer_path", "tokenizer_vocab_size"),
   "corpus": (
     "dataset_type",
@@ -106,6 +106,9 @@ _SETTINGS = {
     "grain_file_type",
     "grain_train_mixture_config_path",
     "hf_path",
+    "hf_name",
+    "hf_train_files",
+    "hf_eval_files",
     "train_split",
     "eval_split",
     "train_data_columns",

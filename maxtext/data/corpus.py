@@ -40,6 +40,13 @@ class Tokens:
     """All tokens that a model has to predict: all but the first of each document."""
     return np.delete(self.ids, self.starts[:-1])
 
+  def truncated(self, most: int) -> Tokens:
+    """The first `most` tokens of each document."""
+    sizes = np.diff(self.starts)
+    place = np.arange(len(self.ids)) - np.repeat(self.starts[:-1], sizes)
+    ends = np.cumsum([0, *np.minimum(sizes, most)])
+    return Tokens(self.ids[place < most], ends)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:

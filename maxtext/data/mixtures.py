@@ -6,13 +6,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import posixpath
 from collections.abc import Sequence
 
 import numpy as np
 
 from maxtext.data import prepared
 from maxtext.data.feeds import Reader
-from maxtext.data.sections import Data
+from maxtext.data.sections import FORMATS, Data
 from maxtext.data.sources import Source, find, hold_out
 from maxtext.data.tokenizers import Tokenizer, brief
 from maxtext.errors import DataError, closest
@@ -64,11 +65,13 @@ class Named:
 
 def open_mixture(data: Data, tokenizer: Tokenizer) -> tuple[Mixture, Mixture | None, str]:
   """-> to train on, held out, fingerprint: equal ones give equal tokens. Raises DataError."""
-  key = "hf_path" if data.dataset_type == "hf" else "grain_train_files"
+  hub = "hf_train_files" if data.hf_train_files else "hf_path"
+  key = hub if data.dataset_type == "hf" else "grain_train_files"
   names = _named(data)
   found = [_find(key, name, data, data.train_data_columns, tokenizer) for name in names]
-  if pattern := _evaluated(data):
-    name, other = Named("eval", pattern), "eval_split" if key == "hf_path" else "grain_eval_files"
+  if data.evaluated:
+    other = "eval_split" if key == "hf_path" else key.replace("train", "eval")
+    name = Named("eval", _split(data, data.evaluated) if key == "hf_path" else data.evaluated)
     held = [_find(other, name, data, data.eval_data_columns, tokenizer)]
   else:
     parts = [hold_out(source, data.eval_fraction) for source in found]
@@ -85,7 +88,8 @@ def open_mixture(data: Data, tokenizer: Tokenizer) -> tuple[Mixture, Mixture | N
 def _find(
   key: str, named: Named, data: Data, columns: Sequence[str], tokenizer: Tokenizer
 ) -> Source:
-  source = find(key, named.pattern, data.grain_file_type, columns, data.dataset_cache_dir)
+  kind = FORMATS[data.hf_path] if data.hf_train_files else data.grain_file_type
+  source = find(key, named.pattern, kind, columns, data.dataset_cache_dir)
   if source.index is not None:
     settings = {"tokenizer": tokenizer.digest, "add_bos": data.add_bos, "add_eos": data.add_eos}
     for folder in {os.path.dirname(file.path) for file in source.files}:
@@ -95,6 +99,8 @@ def _find(
 
 def _named(data: Data) -> list[Named]:
   """The sources to train on. Raises DataError."""
+  if data.hf_train_files:
+    return [Named("train", data.hf_train_files)]
   if data.dataset_type == "hf":
     return [Named(data.train_split, _split(data, data.train_split))]
   if data.grain_train_mixture_config_path:
@@ -107,17 +113,11 @@ def _named(data: Data) -> list[Named]:
   return named
 
 
-def _evaluated(data: Data) -> str:
-  if data.dataset_type == "hf":
-    return _split(data, data.eval_split) if data.eval_split else ""
-  return data.grain_eval_files
-
-
 def _split(data: Data, split: str) -> str:
   """Where the files of a split are: in a folder that `datasets` has saved, or on the hub."""
-  folder = os.path.expanduser(data.hf_path)
+  folder = os.path.join(os.path.expanduser(data.hf_path), data.hf_name)
   if not os.path.isdir(folder):
-    return f"hf://datasets/{data.hf_path}/**/*{split}*.parquet"
+    return f"hf://datasets/{posixpath.join(data.hf_path, data.hf_name)}/**/*{split}*.parquet"
   return os.path.join(folder, split) if os.path.isdir(os.path.join(folder, split)) else folder
 
 

@@ -50,7 +50,9 @@ def _rows(
   if isinstance(source, Noise):
     return Indexed(NoiseRows(source, length))
   if isinstance(source, Mixture):
-    return Planned(_draws(source, data, passes), _packer(data, passes.seed), length, batch)
+    draws = _draws(source, data, passes, length if data.use_truncation else sys.maxsize)
+    return Planned(draws, _packer(data, passes.seed), length, batch)
+  source = source.truncated(length + 1) if data.use_truncation else source
   if data.packing and data.grain_packing_type == "concat_then_split":
     return Indexed(Ordered(SplitRows(source, length), passes))
   pieces = Ordered(Pieces(source, length), passes)
@@ -59,13 +61,13 @@ def _rows(
   return Planned(Draws([PieceFeed(pieces)]), _packer(data, passes.seed), length)
 
 
-def _draws(source: Mixture, data: Data, passes: Passes) -> Draws:
+def _draws(source: Mixture, data: Data, passes: Passes, most: int = sys.maxsize) -> Draws:
   feeds = [
     SourceFeed(source.reader, source.first + at, passes.seed, passes.epochs)
     for at in range(source.count)
   ]
   weights = None if source.schedules is None else source.weights
-  return Draws(feeds, weights, Budget(data.data_errors, len(source)))
+  return Draws(feeds, weights, Budget(data.data_errors, len(source)), most)
 
 
 def every_document(source: Tokens | Noise | Mixture, data: Data) -> Iterator[np.ndarray]:

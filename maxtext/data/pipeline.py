@@ -47,7 +47,8 @@ def _identity(corpus: Corpus, data: Data, length: int) -> dict[str, Any]:
     return identity | {"data_shuffle_seed": data.data_shuffle_seed}
   seed = data.data_shuffle_seed if data.enable_data_shuffling else "none"
   packer = data.grain_packing_type if data.packing else "none"
-  identity |= {"data_shuffle_seed": seed, "grain_packing_type": packer}
+  cut = " use_truncation=true" * data.use_truncation
+  identity |= {"data_shuffle_seed": seed, "grain_packing_type": packer + cut}
   if packer in (
     "first_fit",
     "best_fit",

@@ -65,8 +65,10 @@ class Draws:
     feeds: Sequence[Feed],
     weights: Callable[[int], Sequence[float]] | None = None,
     budget: Budget | None = None,
+    most: int = sys.maxsize,
   ):
-    self.feeds, self._weights = feeds, weights
+    """Documents are cut at `most` pairs."""
+    self.feeds, self._weights, self._most = feeds, weights, most
     self.budget = budget or Budget()
     self._drawn = [0] * len(feeds)
     self._credit = [0.0] * len(feeds)
@@ -88,7 +90,7 @@ class Draws:
     while (number := self._drawn[at]) < len(self.feeds[at]):
       self._drawn[at] += 1
       try:
-        return Document(at, number, *self.feeds[at].take(number))
+        return self._drawn_from(at, number)
       except Damaged as error:
         self.budget.skip(error, sum(self._drawn))
         tried += 1
@@ -100,7 +102,11 @@ class Draws:
   def again(self, name: str, number: int, begun: int) -> Document:
     """A document that was drawn before, and has pairs left."""
     (at,) = (at for at, feed in enumerate(self.feeds) if feed.name == name)
-    return Document(at, number, *self.feeds[at].take(number), begun)
+    return self._drawn_from(at, number, begun)
+
+  def _drawn_from(self, at: int, number: int, begun: int = 0) -> Document:
+    pairs, read = self.feeds[at].take(number)
+    return Document(at, number, min(pairs, self._most), read, begun)
 
   def fetch(self, rows: Sequence[Sequence[Span]]) -> None:
     """Make ready for the `read` of the documents of these rows."""

@@ -30,13 +30,19 @@ def find(where: str, pattern: str, cache: str) -> list[tuple[str, str]]:
     package(PACKAGES[protocol], f"{where}: {protocol}:// URLs")
   try:
     system, path = fsspec.core.url_to_fs(pattern)
-    names = sorted(system.glob(path)) if "*" in path or "?" in path or "[" in path else [path]
-    names = [name for name in names if system.isfile(name)]
+    several = any(sign in path for sign in "*?[")
+    found = system.glob(path, detail=True) if several else {path: system.info(path)}
+    names = sorted(name for name, info in found.items() if info["type"] == "file")
     if not names:
       raise DataError(f"{where}: no file there matches")
     return [(str(_copy(system, name, cache)), f"{protocol}://{name}") for name in names]
   except DataError:
     raise
+  except FileNotFoundError:
+    raise DataError(f"{where}: no file there matches") from None
+  except PermissionError as error:
+    what = f"access is denied ({brief(error)}); give credentials that may list and read it"
+    raise DataError(f"{where}: {what}") from None
   except Exception as error:  # what a store's client raises is its own
     raise DataError(f"{where}: {type(error).__name__}: {brief(error)}") from None
 
@@ -48,10 +54,8 @@ def _copy(system: Any, name: str, cache: str) -> Path:
   path = Path(cache).expanduser() / key / last
   if not path.is_file():
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = [
-      f"{folder}/{MANIFEST}",
-      f"{name}{INDEX}",
-    ]  # of prepared files; the file itself is last
+    # of prepared files; the file itself is last
+    beside = [f"{folder}/{MANIFEST}", f"{name}{INDEX}"]
     for each in [*filter(system.isfile, beside), name]:
       with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
         system.get_file(each, str(Path(scratch, "file")))

@@ -15,6 +15,8 @@ FILES = {
   "sentencepiece": "a .model file",
   "tiktoken": "a .tiktoken file",
 }
+# What `hf_path` calls the files of hf_train_files -> grain_file_type.
+FORMATS = {"": "auto", "arrow": "arrow", "json": "jsonl", "parquet": "parquet", "text": "text"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,9 @@ class Data:
   grain_train_mixture_config_path: str
   grain_worker_count: Whole
   hf_path: str
+  hf_name: str
+  hf_train_files: str
+  hf_eval_files: str
   train_split: str
   eval_split: str
   train_data_columns: tuple[str, ...]
@@ -43,10 +48,16 @@ class Data:
   packing: bool
   grain_packing_type: Literal["first_fit", "best_fit", "concat_then_split"]
   max_segments_per_seq: CountOrOff
+  use_truncation: bool
   enable_data_shuffling: bool
   data_shuffle_seed: Whole
   num_epoch: CountOrOff
   eval_fraction: Annotated[float, Bound(0, 0.5)]
+
+  @property
+  def evaluated(self) -> str:
+    """What names the documents to evaluate on; '' = they are held out."""
+    return self.grain_eval_files or self.hf_eval_files or self.eval_split
 
   def complaints(self) -> Iterator[tuple[str, ...]]:
     if self.tokenizer_path and self.tokenizer_type == "byte":
@@ -95,8 +106,11 @@ class Data:
       yield "data_errors", problem
     if self.dataset_type not in ("grain", "hf"):
       return
-    if self.dataset_type == "hf" and not self.hf_path:
+    if self.dataset_type == "hf" and not (self.hf_path or self.hf_train_files):
       yield "dataset_type", "hf reads a saved dataset; set hf_path=FOLDER", "hf_path"
+    if self.hf_train_files and self.hf_path not in FORMATS:
+      problem = f"with hf_train_files it is the kind of the files: {', '.join(sorted(FORMATS)[1:])}"
+      yield "hf_path", f"{problem}, or leave it empty", "hf_train_files"
     if self.dataset_type == "grain" and self.grain_train_mixture_config_path:
       if self.grain_train_files:
         problem = "give it, or grain_train_mixture_config_path, not both"

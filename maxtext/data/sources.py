@@ -123,7 +123,8 @@ def _here(where: str, pattern: str) -> list[tuple[str, str]]:
   """(path, how it is shown) of the files of a pattern, in the order of their names."""
   path = os.path.expanduser(pattern)
   if os.path.isdir(path):
-    names = _saved(where, path) or sorted(name for name in os.listdir(path) if kind_of(name))
+    names = _saved(where, path) or _exported(where, path)
+    names = names or sorted(name for name in os.listdir(path) if kind_of(name))
     found = [os.path.join(path, name) for name in names]
   elif os.path.isfile(path):
     found = [path]
@@ -157,6 +158,19 @@ def _saved(where: str, folder: str) -> list[str]:
     return []
   except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
     raise DataError(f"{where}: state.json cannot be read: {error}") from None
+
+
+def _exported(where: str, folder: str) -> list[str]:
+  """The records of a folder that TFDS has written, of one split; none where it is not one."""
+  names = os.listdir(folder)
+  if not {"dataset_info.json", "features.json"} <= {*names}:
+    return []
+  names = sorted(name for name in names if kind_of(name) == "arrayrecord")
+  splits = sorted({name.partition(".array_record")[0] for name in names})
+  if len(splits) > 1:
+    patterns = ", ".join(f"{split}.*" for split in splits)
+    raise DataError(f"{where}: holds several splits; name the files of one: {patterns}")
+  return names
 
 
 def _complete(where: str, pattern: str, names: Sequence[str]) -> None:

@@ -161,6 +161,12 @@ COMMAND_LINES = [
   ),
   ("dataset_type=grain grain_train_files=bsae.yml", "no such file, did you mean 'base.yml'?"),
   ("dataset_type=grain grain_train_files=x/*,1;base.yml,1", "files: 'x/*': no such file; name"),
+  ("hf_access_token=x", "hf_access_token: a secret stands in no configuration and no log; set HF"),
+  ("hf_eval_files=base.yml", "hf_eval_files: has an effect only with hf_train_files"),
+  (
+    "dataset_type=hf hf_path=me/set hf_train_files=base.yml",
+    "hf_path: with hf_train_files it is the kind of the files: arrow, json, parquet, text, or",
+  ),
   ("hf_path=.", "hf_path: has an effect only with dataset_type=hf"),
   ("grain_worker_count=2", "grain_worker_count: has an effect only with dataset_type=grain or hf"),
   ("dataset_type=Text", "dataset_type: 'Text' is not known, did you mean 'text'?"),

@@ -1,5 +1,6 @@
 """What rows hold, compared with the documents themselves."""
 
+import itertools
 import sys
 
 import grain
@@ -9,6 +10,7 @@ from grain import experimental
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maxtext.data.corpus import Tokens
 from maxtext.data.packing import Ordered, Passes, Pieces, training_rows
 from maxtext.data.pipeline import eval_batches, train_batches
 from maxtext.data.plans import BINS
@@ -131,6 +133,22 @@ def test_a_row_has_at_most_max_segments_per_seq_documents(packer, most):
   data = section(packer, max_segments_per_seq=most)
   table = columns(train_batches(corpus_of(numbered([3] * 40)), data, 4, 32))
   assert table["inputs_segmentation"].max() == most
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_a_document_is_cut_at_a_row_where_that_is_asked_for(packer):
+  """It is as if the documents ended there."""
+  sizes = (3, 30, 9, 12, 65)
+  whole = numbered(sizes)
+  short = Tokens(
+    np.concatenate([whole.ids[a : min(b, a + 9)] for a, b in itertools.pairwise(whole.starts)]),
+    np.cumsum([0, *(min(size, 9) for size in sizes)]),
+  )
+  rows = [
+    training_rows(tokens, section(packer, use_truncation=cut), 8).take(99, slice(0, 99))
+    for tokens, cut in ((whole, True), (short, False))
+  ]
+  np.testing.assert_array_equal(*rows)
 
 
 def test_unpacked_rows_hold_one_document_each():

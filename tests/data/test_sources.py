@@ -80,6 +80,49 @@ def test_files_of_tfds_are_known_by_their_names(tmp_path):
   assert sorted(documents(batches(streamed(tmp_path)))) == ["book 0", "book 1"]
 
 
+def exported(folder, splits):
+  """As TFDS writes a version of a dataset with file_format=array_record."""
+  folder.mkdir(parents=True)
+  (folder / "dataset_info.json").write_text('{\n "fileFormat": "array_record"\n}')
+  (folder / "features.json").write_text('{\n "pythonClassName": "FeaturesDict"\n}')
+  for split, parts in splits.items():
+    for number, part in enumerate(parts):
+      name = f"books-{split}.array_record-{number:05}-of-{len(parts):05}"
+      records = [shards.example(text=[text.encode()], label=[n]) for n, text in enumerate(part)]
+      shards.array_record(folder / name, records)
+
+
+def test_a_folder_that_tfds_has_exported_is_its_records_of_one_split(tmp_path):
+  exported(tmp_path / "one/1.0.0", {"train": [texts(5), texts(3, 5)]})
+  found = documents(batches(streamed(tmp_path / "one/1.0.0")))
+  assert sorted(found) == sorted(texts(5) + texts(3, 5))
+  place = tmp_path / "books/1.0.0"
+  exported(place, {"train": [texts(5)], "test": [texts(4, 90)]})
+  with pytest.raises(DataError, match=r"name the files of one: books-test\.\*, books-train\.\*$"):
+    open_corpus(streamed(place))
+  data = streamed(place / "books-train.*", grain_eval_files=str(place / "books-test.*"))
+  corpus = open_corpus(data)
+  assert sorted(documents(batches(data))) == sorted(texts(5))
+  assert sorted(documents(eval_batches(corpus, data, 2, 16))) == sorted(texts(4, 90))
+
+
+def test_files_of_a_kind_are_what_hf_trains_and_evaluates_on(tmp_path):
+  train, held = write(tmp_path / "a", "jsonl", [texts(9)]), write(tmp_path / "b", "jsonl", [["no"]])
+  for name in ("", "json"):
+    data = streamed("", dataset_type="hf", hf_path=name, hf_train_files=train, hf_eval_files=held)
+    assert sorted(documents(batches(data))) == sorted(texts(9))
+    assert documents(eval_batches(open_corpus(data), data, 2, 16)) == ["no"]
+  with pytest.raises(DataError, match="part-000.jsonl: is no whole Parquet file"):
+    open_corpus(dataclasses.replace(data, hf_path="parquet"))
+
+
+def test_a_configuration_of_a_saved_dataset_is_a_folder_in_it(tmp_path):
+  for name in ("en", "de"):
+    saved(tmp_path / name / "train", [[f"{name} text"]])
+  data = streamed("", dataset_type="hf", hf_path=str(tmp_path), hf_name="de")
+  assert documents(batches(data)) == ["de text"]
+
+
 def saved(folder, parts):
   """As `datasets.Dataset.save_to_disk` writes."""
   folder.mkdir(parents=True)
@@ -137,6 +180,35 @@ def test_files_at_urls_are_copied_once_and_read(tmp_path):
   assert len(copies) == 2
   with pytest.raises(DataError, match="memory://bucket/x.jsonl: no file there matches"):
     open_corpus(dataclasses.replace(data, grain_train_files="memory://bucket/x.jsonl"))
+
+
+def test_a_document_of_a_stream_is_cut_at_a_row_where_that_is_asked_for(tmp_path):
+  data = streamed(write(tmp_path, "jsonl", [texts(30)]), None, use_truncation=True)
+  inputs = np.concatenate([batch["inputs"] for batch in batches(data, 5, 16)])
+  rows = sorted(bytes((row[row > 2] - 3).astype(np.uint8)).decode() for row in inputs)
+  assert rows == sorted(text[:15] for text in texts(30))
+
+
+REFUSED = {
+  "absent": (FileNotFoundError("x"), "memory://[^ ]*: no file there matches$"),
+  "denied": (PermissionError("Forbidden"), r"access is denied \(Forbidden\); give credentials"),
+  "broken": (RuntimeError("no route\nto host"), "RuntimeError: no route$"),
+}
+
+
+@pytest.mark.parametrize("name", ["bucket/0.jsonl", "bucket/*.jsonl"])
+@pytest.mark.parametrize("how", REFUSED)
+def test_what_a_store_refuses_is_a_line(tmp_path, monkeypatch, how, name):
+  error, problem = REFUSED[how]
+
+  def refuse(*args, **kwargs):
+    raise error
+
+  fsspec.filesystem("memory").pipe("/bucket/0.jsonl", b'{"text": "a"}')
+  for method in ("info", "glob"):
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), method, refuse)
+  with pytest.raises(DataError, match=problem):
+    open_corpus(streamed(f"memory://{name}", dataset_cache_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
