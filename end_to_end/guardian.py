@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from end_to_end.forks import Forked
 from end_to_end.runs import Process, Run, check, report
 
 FAULTS = Path(__file__).with_name("faults.py")
@@ -24,16 +25,16 @@ KEYS = (
   f"eval_interval={STEPS}",
   "eval_steps=-1",
   "eval_sample_length=0",
-  "checkpoint_period=7",
-  "max_num_checkpoints_to_keep=-1",
   "enable_tensorboard=false",
 )
+SAVES = ("checkpoint_period=7", "max_num_checkpoints_to_keep=-1")
+SHORT = ("steps=28", "eval_interval=-1", "enable_tensorboard=false", *SAVES)  # to stand still in
 SKIP = ("skip_step_on_spikes=true", "skip_step_interval=48", "log_period=1")
 BACK = ("rollback_limit=100",)
 
 
 def broken(parent: Path, name: str, fault: str, *keys: str) -> Run:
-  return Run(parent, name, (*KEYS, *keys), (str(FAULTS), fault, "train"))
+  return Run(parent, name, (*KEYS, *SAVES, *keys), (str(FAULTS), fault, "train"))
 
 
 def eval_loss(run: Run) -> float:
@@ -47,8 +48,9 @@ def incidents(run: Run) -> list[Path]:
 def clean(parent: Path) -> list[float]:
   losses = []
   for seed in range(CLEAN):
-    run = Run(parent, f"clean{seed}", (*KEYS, *SKIP, f"init_weights_seed={seed}"))
-    run.train(f"data_shuffle_seed={seed}")
+    seeds = (f"init_weights_seed={seed}", f"data_shuffle_seed={seed}")
+    run = Run(parent, f"clean{seed}", (*KEYS, *SKIP, "enable_checkpointing=false", *seeds))
+    Forked(run).ends(0)
     check(not incidents(run), f"a false alarm: {incidents(run)}")
     losses.append(eval_loss(run))
     scores = [row["optim/grad_norm_zscore"] for row in run.metrics() if "learning/loss" in row]
@@ -95,15 +97,15 @@ def killed(run: Run, whole: Run) -> None:
 
 def stalled(parent: Path, fault: str, words: str) -> None:
   """A run that stands still is ended within the limit, with the words for where it does."""
-  keys = ("watchdog_timeout_seconds=4", "watchdog_restart=true")
-  process = broken(parent, f"slow-{fault}", fault, *keys).start()
+  keys = (*SHORT, "watchdog_timeout_seconds=4", "watchdog_restart=true")
+  process = Run(parent, f"slow-{fault}", keys, (str(FAULTS), fault, "train")).start()
   last = process.ends(75).splitlines()[-1]
   seconds = float(last.split(" takes ")[1].split(" s ")[0])
   check(words in last and "start again" in last and seconds < 30, last)
   stacks = Path(last.split("all threads: ")[1].split(";")[0]).read_text()
   check("in slowly" in stacks, stacks)
   print(f"  {last}", flush=True)
-  run = Run(parent, f"slow-{fault}", KEYS)
+  run = Run(parent, f"slow-{fault}", SHORT)
   check("resuming" in run.train(), "begun anew")
 
 

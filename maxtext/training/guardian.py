@@ -51,8 +51,8 @@ class Guard:
     """
     assert state.history is not None
     numbers, known = jnp.stack([loss, norm]).astype(jnp.float32), state.history[:2]
-    middle = jnp.nanmedian(known, axis=1)
-    spread = 1.4826 * jnp.nanmedian(jnp.abs(known - middle[:, None]), axis=1)
+    middle = median(known)
+    spread = 1.4826 * median(jnp.abs(known - middle[:, None]))
     scores = (numbers - middle) / jnp.maximum(spread, jnp.array(FLOORS) * jnp.abs(middle) + 1e-30)
     enough = jnp.isfinite(known).sum(axis=1) >= -(-self.interval // 2)
     finite = jnp.isfinite(numbers)
@@ -79,6 +79,15 @@ class Guard:
       mine, rest = rest[:layers], rest[layers:]
       found[name] = mine if name in self.stacked else mine[0]
     return found
+
+
+def median(x: jax.Array) -> jax.Array:
+  """[r n] -> [r], of what is finite; what jnp.nanmedian sorts for takes three times as long."""
+  known = jnp.isfinite(x)
+  largest = jax.lax.top_k(jnp.where(known, x, -jnp.inf), x.shape[1] // 2 + 1)[0]
+  count = known.sum(axis=1, keepdims=True)
+  places = jnp.concatenate([jnp.maximum(count - 1, 0) // 2, count // 2], axis=1)
+  return jnp.take_along_axis(largest, places, axis=1).mean(axis=1)
 
 
 def passed(state: State) -> State:

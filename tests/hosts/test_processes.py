@@ -151,6 +151,26 @@ def test_a_state_is_bit_equal_after_it_was_saved_and_restored_by_any_number_of_p
 
 
 @pytest.mark.slow
+def test_two_processes_go_back_together_and_once_more_after_a_death(tmp_path):
+  keys = (*SMALL, *ONE_DEVICE, "steps=60", "checkpoint_period=7", "rollback_limit=100")
+  keys += ("save_checkpoint_on_start=true",)
+  entry = (str(hosts.__file__).replace("hosts.py", "faults.py"), "nan", "train")
+  whole, killed = (Run(tmp_path, name, keys, entry) for name in ("whole", "killed"))
+  processes = hosts.together(whole, 2, environments=(HASTE, HASTE))
+  output, second = (process.ends(0) for process in processes)
+  assert "going back to the checkpoint after" in output and second == ""
+  assert list((whole.folder / "incidents").glob("*.json"))
+  processes = hosts.together(killed, 2, environments=(HASTE, HASTE))
+  processes[0].until(lambda: "going back" in processes[0].output)
+  processes[1].kill()
+  processes[0].ends(75)
+  for process in hosts.together(killed, 2, environments=(HASTE, HASTE)):
+    process.ends(0)
+  assert killed.hashes() == whole.hashes()
+  assert killed.losses() == whole.losses()
+
+
+@pytest.mark.slow
 def test_a_state_that_one_replica_reads_is_bit_equal_in_the_other_which_reads_nothing(tmp_path):
   keys = (*SMALL, *ONE_DEVICE, "ici_data_parallelism=2", "ici_fsdp_parallelism=1", "steps=3")
   entry = (str(hosts.__file__).replace("hosts.py", "faults.py"), "unread", "train")
