@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec
 
 from maxtext import sharding
 
+IN_RINGS = ("tpu",)  # platforms on which a sum over all devices is split in two steps
+
 
 def gather(w: jax.Array, axes: sharding.Axes) -> jax.Array:
   """A parameter as a contraction uses it: not split over the axes that split the batch.
@@ -242,8 +244,25 @@ def join(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
 def add_and_split(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
   """Each device's share, along a dimension, of the sum of x over these mesh axes; as `join`
   sends.
+
+  Of a sum over all chips at once the TPU's compiler makes the whole on each of them, which sends
+  twice as much: there it goes in two steps, over rings of some and then of others.
   """
   ways = jax.lax.axis_size(names)
   size = x.shape[dimension] // ways
   blocks = x.reshape(*x.shape[:dimension], ways, size, *x.shape[dimension + 1 :])
-  return jax.lax.psum_scatter(jnp.moveaxis(blocks, dimension, 0), names)
+  blocks = jnp.moveaxis(blocks, dimension, 0)
+  layout = sharding.active()
+  if layout is None or ways < layout.mesh.size or sharding.platform() not in IN_RINGS:
+    return jax.lax.psum_scatter(blocks, names)
+  if len(names) > 1:
+    for name in names:
+      blocks = blocks.reshape(jax.lax.axis_size(name), -1, *blocks.shape[1:])
+      blocks = jax.lax.psum_scatter(blocks, name)
+    return blocks[0]
+  outer = next(n for n in range(math.isqrt(ways), 0, -1) if ways % n == 0)
+  at = np.arange(ways).reshape(outer, -1)
+  blocks = blocks.reshape(*at.shape, *blocks.shape[1:])
+  for rings in (at.T, at):
+    blocks = jax.lax.psum_scatter(blocks, names, axis_index_groups=rings.tolist())
+  return blocks

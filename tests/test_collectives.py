@@ -4,12 +4,23 @@ of a weight is added up by one reduce-scatter, never whole on every device.
 
 import functools
 import math
+import os
 import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from maxtext import config, program
+from maxtext import collectives as sent
+from maxtext import config, program, sharding, topology
+
+ROOT = Path(__file__).parents[1]
 
 ROWS, LENGTH = 4, 4  # few tokens: an activation is smaller than the smallest weight
 KEYS = (
@@ -111,3 +122,42 @@ def test_weights_of_experts_stay_where_they_are_and_tokens_go_to_them(keys, bloc
   kernel = 2 * 32 * 24  # of a device's two experts
   assert found("all-gather", kernel) == 3 * 2 and found("reduce-scatter", kernel // 2) == 3
   assert max(size for size, _ in collectives(text, "all-reduce")) <= 32  # scales of norms
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}], ids=str)
+def test_a_sum_over_all_devices_in_two_steps_is_that_in_one(sizes, monkeypatch):
+  names = tuple(sizes)
+  grid = np.array(jax.devices()[:8]).reshape(*sizes.values())
+  layout = sharding.Layout(Mesh(grid, names), sharding.Rules({}))
+  x = jax.random.normal(jax.random.key(0), (8, 3, 16, 5))
+  add = lambda part: sent.add_and_split(part[0], names, 1)
+  run = sharding.within(layout, lambda x: sharding.by_device(add, P(names), P(None, names))(x))
+  monkeypatch.setattr(sent, "IN_RINGS", ("cpu",))
+  lowered = jax.jit(run).lower(x)
+  assert lowered.as_text().count("reduce_scatter") == 2
+  np.testing.assert_allclose(lowered.compile()(x), x.sum(0), atol=1e-5)
+
+
+FOR_A_TPU = """
+  import jax, re
+  from jax.experimental import topologies
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+  import numpy as np
+  from maxtext import collectives, sharding
+
+  devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+  layout = sharding.Layout(Mesh(np.array(devices), ("fsdp",)), sharding.Rules({}))
+  add = lambda part: collectives.add_and_split(part, ("fsdp",), 0)
+  run = sharding.within(layout, lambda x: sharding.by_device(add, P(), P("fsdp"))(x))
+  x = jax.ShapeDtypeStruct((512, 256), "float32", sharding=NamedSharding(layout.mesh, P()))
+  text = jax.jit(run).lower(x).compile().as_text()
+  print(*re.findall(r" (all-reduce|reduce-scatter)(?:-start)?\\(", text))
+"""
+
+
+def test_a_sum_over_all_chips_compiles_for_a_tpu_into_no_whole_sum():
+  pytest.importorskip("libtpu")
+  environ = {**os.environ, **topology.ENVIRONMENT, "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-c", textwrap.dedent(FOR_A_TPU)]
+  done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+  assert done.stdout.split() == ["reduce-scatter"] * 2, done.stderr[-2000:]
