@@ -45,14 +45,14 @@ def load(argv: list[str]) -> Config:
   own = topology.parse(name)
   words = ["hardware=auto", "devices=null"]
   slices = values["compile_topology_num_slices"] or values["num_slices"]
-  if not own.topology:
+  if own.hardware == "cpu":
     words = ["hardware=cpu", f"devices={own.devices * slices}"]
   environ = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
   own_words = tuple(f"{word.partition('=')[0]}=" for word in (*words, "num_slices="))
   rest = [word for word in argv if not word.startswith(own_words)]
   loaded = config.load([*rest, *words, f"num_slices={slices}"], environ)
-  hardware.prepare(loaded.run)
   topology.prepare(own, os.environ)
+  hardware.prepare(loaded.run)
   return loaded
 
 

@@ -14,7 +14,6 @@ from maxtext.errors import ConfigError
 from maxtext.jobs.machines import Machine, find, kind_of
 
 KEY = "compile_topology"
-EXTRA = "tpu"  # what installs the TPU's compiler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,23 @@ KINDS = {
   "v5p": Kind("TPU v5", (2, 2, 1), 1.75e9),
   "v6e": Kind("TPU v6 lite", (2, 2, 1), 1.75e9),
   "tpu7x": Kind("TPU7x", (2, 2, 1), 2.2e9),
+  "h100": Kind("NVIDIA H100 80GB HBM3", (8,), 1.98e9),
 }
+# What XLA asks CUDA about a GPU, by the names of its GpuTargetConfig: of the SXM module, from
+# NVIDIA's tuning guide for Hopper.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3350000000000 device_memory_size: 80000000000
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 # What libtpu asks of the machine that it is loaded on, which is none of these
 ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
@@ -77,13 +92,16 @@ class Compile:
 
 def parse(name: str) -> Machine:
   """A slice by its common name: v5p-128 and v4-128 count cores, two to a chip, v5e-256 and v6e-256
-  count chips; v5p-4x4x8 is a shape of chips; cpu-8 is eight virtual devices. Raises ConfigError.
+  count chips, h100-16 GPUs; v5p-4x4x8 is a shape of chips; cpu-8 is eight virtual devices. Raises
+  ConfigError.
   """
   if found := re.fullmatch(r"cpu-([1-9]\d{0,5})", name):
     return Machine(name, "", 1, 1, int(found[1]))
   machine = find(name.lower(), KEY)
   if kind_of(machine.name) not in KINDS:
-    problem = f"{name}: no step is compiled for GPUs that are not there yet; name a TPU, or cpu-8"
+    problem = (
+      f"{name}: of GPUs that are not there, h100 alone is compiled for; name h100-8, or a TPU"
+    )
     raise ConfigError(KEY, problem)
   return machine
 
@@ -98,7 +116,7 @@ def demand(section: Compile, devices: Sequence[Any], slices: int) -> None:
   if not section.compile_topology:
     return
   machine, asked = parse(section.compile_topology), section.compile_topology_num_slices
-  named = KINDS[kind_of(machine.name)].named if machine.topology else "cpu"
+  named = KINDS[kind_of(machine.name)].named if machine.label else "cpu"
   if asked not in (None, slices):
     raise ConfigError("compile_topology_num_slices", f"{asked}, but num_slices={slices}; use null")
   kind = devices[0].device_kind
@@ -109,11 +127,11 @@ def demand(section: Compile, devices: Sequence[Any], slices: int) -> None:
 
 
 def prepare(machine: Machine, environ: MutableMapping[str, str]) -> None:
-  """Have JAX compute on CPUs, and libtpu be content with a machine that has no TPU; to be called
-  before jax is imported.
+  """Have JAX compute on CPUs, and compilers be content with a machine that has nothing else; to be
+  called before jax is imported.
   """
   environ["JAX_PLATFORMS"] = "cpu"
-  if machine.topology:
+  if machine.label:
     for name, value in ENVIRONMENT.items():
       environ.setdefault(name, value)
 
@@ -123,20 +141,31 @@ def devices(machine: Machine, slices: int) -> list[Any]:
   import jax
   from jax.experimental import topologies
 
-  if not machine.topology:
+  if machine.hardware == "cpu":
     return jax.devices()
-  kind, shape = kind_of(machine.name), [int(size) for size in machine.topology.split("x")]
+  if machine.hardware == "gpu":
+    if slices > 1:
+      raise ConfigError("compile_topology_num_slices", f"{slices}, but GPUs have no slices; use 1")
+    shape, platform = f"1x{machine.hosts}x{machine.chips}", "cuda"  # slices, hosts, of each
+    how = {"topology_name": "h100", "target_config": H100, "topology": shape}
+  else:
+    platform, how = "tpu", _slice(machine, slices)
+  try:
+    found = topologies.get_topology_desc(platform=platform, **how)
+  except Exception as error:  # JAX's own kinds of it differ by what is missing
+    what = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    problem = f"the compiler for {machine.name} is not there or refuses it ({what})"
+    remedy = f"install the extra: pip install 'maxtext[{platform}]'"
+    raise ConfigError(KEY, f"{problem}; {remedy}") from None
+  return list(found.devices)
+
+
+def _slice(machine: Machine, slices: int) -> dict[str, Any]:
+  """How JAX is to describe slices of TPUs."""
+  kind, shape = kind_of(machine.name), [int(n) for n in machine.topology.split("x") if n]
   options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
   if kind == "v4":  # whose two cores JAX takes for one device on Cloud TPUs
     options["chip_config_name"] = "megacore"
   if math.prod(shape) < math.prod(KINDS[kind].host):
     options["chips_per_host_bounds"] = [*shape, *[1] * (3 - len(shape))]
-  name = f"{kind}:{machine.topology}"
-  try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-  except Exception as error:  # JAX's own kinds of it differ by what is missing
-    what = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-    problem = f"the TPU's compiler is not there or refuses it ({what})"
-    remedy = f"install the extra: pip install 'maxtext[{EXTRA}]'"
-    raise ConfigError(KEY, f"{problem}; {remedy}") from None
-  return list(found.devices)
+  return options | {"topology_name": f"{kind}:{machine.topology}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -107,6 +108,36 @@ def test_a_step_is_compiled_for_a_tpu_with_its_kernels_and_cycles_or_found_too_l
   assert "remat_policy=" in made["advice"][0] and "it does not fit" in printed
 
 
+def test_a_step_is_compiled_for_gpus_by_their_own_compiler_which_is_said_to_be_less(tmp_path):
+  pytest.importorskip("jax_plugins.xla_cuda12", reason="needs the extra cuda")
+  environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  keys = [key for key in KEYS if not key.startswith("ici_")]
+  keys += ["compile_topology=h100-16", "ici_fsdp_parallelism=8", "ici_tensor_parallelism=2"]
+  command = [sys.executable, "-m", "maxtext.compile", *keys, f"report_file={tmp_path / 'report'}"]
+  done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  made = json.loads((tmp_path / "report").read_text())
+  assert made["run"]["devices"] == 16 and "H100" in made["run"]["device_kind"]
+  assert {("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("all-reduce", "tensor")} <= {
+    (one["kind"], *one["axes"]) for one in made["sent"]
+  }
+  assert made["memory"]["temporaries"] > 0 and made["time"] is None
+  assert made["part"] in done.stdout and "compiled for in part" in made["part"]
+
+
+def test_gpus_whose_compiler_is_not_installed_are_refused_in_one_line():
+  if importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12"):
+    pytest.skip("the extra cuda is installed")
+  with pytest.raises(ConfigError, match=r"compile_topology.*h100-8.*maxtext\[cuda\]") as error:
+    topology.devices(topology.parse("h100-8"), 1)
+  assert "\n" not in str(error.value)
+
+
+def test_gpus_have_no_slices():
+  with pytest.raises(ConfigError, match="compile_topology_num_slices.*use 1"):
+    topology.devices(topology.parse("h100-8"), 2)
+
+
 def test_the_largest_arrays_are_named_by_line_and_axes(seen):
   made = json.loads((seen[0] / "report.json").read_text())["largest"]
   for one in (one for one in made if one["source"]):
@@ -193,6 +224,7 @@ def test_a_collective_overlaps_what_is_computed_between_its_two_halves():
     ("v6e-8", "2x4", 8),
     ("tpu7x-8", "2x2x1", 8),
     ("v5p-4x4x8", "4x4x8", 128),
+    ("h100-16", "", 16),
     ("cpu-8", "", 8),
   ],
 )
@@ -202,7 +234,7 @@ def test_devices_are_known_by_their_common_names(name, shape, devices):
 
 
 @pytest.mark.parametrize(
-  "name, advice", [("v5p-100", "v5p-64, v5p-128"), ("v5q-8", "v5p"), ("h100-8", "name a TPU")]
+  "name, advice", [("v5p-100", "v5p-64, v5p-128"), ("v5q-8", "v5p"), ("a100-8", "name h100-8")]
 )
 def test_devices_that_there_are_none_of_are_refused(name, advice):
   with pytest.raises(ConfigError, match=f"compile_topology.*{advice}"):

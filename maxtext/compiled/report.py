@@ -19,6 +19,10 @@ from maxtext.program import Program
 from maxtext.topology import kind_named
 
 LARGEST = 10  # buffers that are listed
+PART = (  # of what a report on TPUs says
+  "a GPU that is not there is compiled for in part: nothing is tried out, so that products and "
+  "their workspace may be others on it; cuDNN's attention is not there; no time is estimated"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Sent:
 @dataclasses.dataclass(frozen=True)
 class Report:
   """`at` says what runs at the peak; `moments` are (cycles, bytes on a device) from begin to end;
-  `problem` is the compiler's own word where there is nothing more to tell.
+  `problem` is the compiler's own word where there is nothing more to tell, `part` why it is less
+  than a report may be.
   """
 
   run: dict[str, Any]
@@ -82,6 +87,7 @@ class Report:
   time: Time | None = None
   advice: tuple[str, ...] = ()
   problem: str = ""
+  part: str = ""
   moments: tuple[tuple[float, int], ...] = ()
 
   @property
@@ -135,6 +141,9 @@ def of(built: Program, compiled: Any, cpu_seconds: float) -> Report:
     work=work,
     sent=_sent(collectives, built.layout.mesh.shape),
     time=time_of(built, walked, collectives, work),
+    part=PART
+    if built.layout.mesh.devices.flat[0].platform == "gpu" != jax.default_backend()
+    else "",
     moments=tuple((time, memory.arguments + size) for time, size in walked.moments),
   )
 

@@ -37,6 +37,8 @@ def _head(report: Report) -> Iterator[str]:
     f"{run['tokens']:,} tokens a step, {run['rows']} rows of {run['length']:,}; {run['dtype']}, "
     f"remat_policy={run['remat_policy']}; compiled in {report.compile_cpu_seconds:.0f} CPU s"
   )
+  if report.part:
+    yield report.part
 
 
 def _memory(memory: Memory, report: Report) -> Iterator[str]:

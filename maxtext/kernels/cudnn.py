@@ -23,9 +23,11 @@ def _unfit(
   sink: jax.Array | None,
   seed: jax.Array | None,
 ) -> str | None:
-  return (
-    "it runs on NVIDIA GPUs" if platform() != "gpu" else lacking(q, k, v, mask, scores, sink, seed)
-  )
+  if platform() != "gpu":
+    return "it runs on NVIDIA GPUs"
+  if jax.default_backend() != "gpu":  # it asks the device for its plan
+    return "it is compiled where there is a GPU"
+  return lacking(q, k, v, mask, scores, sink, seed)
 
 
 def lacking(
