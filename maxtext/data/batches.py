@@ -98,28 +98,11 @@ _SETTINGS = {
   "grain_packing_type": ("packing", "use_truncation"),
   "tokenizer": ("tokenizer_type", "tokenizer_path", "tokenizer_vocab_size"),
   "corpus": (
-    "dataset_type",
-    "dataset_path",
-    "text_column",
-    "grain_train_files",
-    "grain_eval_files",
-    "grain_file_type",
-    "grain_train_mixture_config_path",
-    "hf_path",
-    "hf_name",
-    "hf_train_files",
-    "hf_eval_files",
-    "train_split",
-    "eval_split",
-    "train_data_columns",
-    "eval_data_columns",
-    "tokenizer_type",
-    "tokenizer_path",
-    "tokenizer_vocab_size",
-    "add_bos",
-    "add_eos",
-    "eval_fraction",
-  ),
+    "dataset_type dataset_path text_column grain_train_files grain_eval_files grain_file_type"
+    " grain_train_mixture_config_path hf_path hf_name hf_train_files hf_eval_files train_split"
+    " eval_split train_data_columns eval_data_columns tokenizer_type tokenizer_path"
+    " tokenizer_vocab_size add_bos add_eos eval_fraction"
+  ).split(),
 }
 
 

@@ -18,7 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from maxtext.data.cache import Cache
 from maxtext.data.chat import Chat
-from maxtext.data.tokenizers import brief, joined, read, read_json, write
+from maxtext.data.errors import brief
+from maxtext.data.tokenizers import joined, read, read_json, write
 from maxtext.errors import DataError
 from maxtext.log import log
 

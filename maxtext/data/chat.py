@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from maxtext.data.errors import brief
 from maxtext.errors import ConfigError
 
 KEY = "use_chat_template"
@@ -36,9 +37,9 @@ class Chat:
         messages=messages, tools=None, documents=None, add_generation_prompt=True, **self.tokens
       )
     except TemplateError as error:
-      raise ConfigError(KEY, f"the chat template refuses: {_brief(error)}; leave it away") from None
+      raise ConfigError(KEY, f"the chat template refuses: {brief(error)}; leave it away") from None
     except Exception as error:  # a template can fail as any program can
-      what = f"the chat template fails: {type(error).__name__}: {_brief(error)}; leave it away"
+      what = f"the chat template fails: {type(error).__name__}: {brief(error)}; leave it away"
       raise ConfigError(KEY, what) from None
 
   @functools.cached_property
@@ -98,7 +99,3 @@ def _environment() -> Any:
     "dict": lambda *args, **items: dict(*args, **items),
   }
   return made
-
-
-def _brief(error: Exception) -> str:
-  return (str(error).strip().splitlines() or [""])[0][:160]

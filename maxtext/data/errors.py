@@ -48,3 +48,9 @@ class Budget:
       raise DataError(f"{what}; with it {count} are damaged, data_errors={self._setting}")
     if count <= SHOWN or not count & (count - 1):
       log.warning("%s; passed over, %d of %d allowed", what, count, allowed)
+
+
+def brief(error: BaseException) -> str:
+  """What a library says of a file, in a line."""
+  text = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+  return text if len(text) <= 160 else f"{text[:157]}..."

@@ -5,11 +5,25 @@ An Example begins with the byte 0x0a and a JSON object with `{`: each record say
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
 from typing import Any
 
-BYTES, FLOATS, INTEGERS = 1, 2, 3  # the fields of tf.train.Feature
+# tensorflow/core/example/example.proto, but for its floats.
+SCHEMA = """
+name: "example" syntax: "proto3"
+message_type { name: "Bytes"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+message_type { name: "Integers"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type { name: "Feature" field { name: "bytes" number: 1 type_name: ".Bytes" }
+  field { name: "integers" number: 3 type_name: ".Integers" } }
+message_type { name: "Entry" field { name: "name" number: 1 type: TYPE_STRING }
+  field { name: "feature" number: 2 type_name: ".Feature" } }
+message_type { name: "Features"
+  field { name: "entries" number: 1 label: LABEL_REPEATED type_name: ".Entry" } }
+message_type { name: "Example" field { name: "features" number: 1 type_name: ".Features" } }
+"""
 
 
 def columns(record: bytes) -> dict[str, Any]:
@@ -28,75 +42,26 @@ def columns(record: bytes) -> dict[str, Any]:
 
 
 def _example(record: bytes) -> dict[str, Any]:
-  """{name: a value, or a list of them} of tensorflow/core/example/example.proto."""
+  """{name: a value, or a list of them}, of bytes and integers."""
+  from google.protobuf.message import DecodeError
+
+  try:
+    entries = _examples().FromString(record).features.entries
+  except DecodeError as error:
+    raise ValueError(f"not a tf.Example: {error}") from None
   found: dict[str, Any] = {}
-  for features in _submessages(record, 1):
-    for entry in _submessages(features, 1):
-      parts = dict(_fields(entry))
-      name, feature = parts.get(1, b""), parts.get(2, b"")
-      if not isinstance(name, bytes) or not isinstance(feature, bytes):
-        raise ValueError("not a tf.Example: a feature has no name or value")
-      values = [value for kind, part in _fields(feature) for value in _values(kind, part)]
-      found[name.decode()] = values[0] if len(values) == 1 else values
+  for entry in entries:
+    values = [*entry.feature.bytes.value, *entry.feature.integers.value]
+    found[entry.name] = values[0] if len(values) == 1 else values
   return found
 
 
-def _values(kind: int, part: bytes | int) -> Iterator[Any]:
-  if kind in (BYTES, INTEGERS) and isinstance(part, bytes):
-    for _, value in _fields(part):
-      if kind == BYTES or isinstance(value, int):
-        yield value
-      else:
-        yield from _varints(value)
+@functools.cache
+def _examples() -> Any:
+  """The class of messages, a map being its entries one after the other."""
+  from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-
-def _submessages(message: bytes, number: int) -> Iterator[bytes]:
-  for field, value in _fields(message):
-    if field == number and isinstance(value, bytes):
-      yield value
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
-  """Field numbers and values of a protocol buffer (protobuf.dev, Encoding)."""
-  at = 0
-  while at < len(message):
-    tag, at = _varint(message, at)
-    wire = tag & 7
-    if wire == 0:
-      value, at = _varint(message, at)
-      yield tag >> 3, _signed(value)
-      continue
-    if wire == 2:
-      size, at = _varint(message, at)
-    elif wire in (1, 5):
-      size = 8 if wire == 1 else 4
-    else:
-      raise ValueError(f"not a tf.Example: wire type {wire}")
-    if at + size > len(message):
-      raise ValueError("not a tf.Example: it is cut short")
-    yield tag >> 3, message[at : at + size]
-    at += size
-
-
-def _varints(packed: bytes) -> Iterator[int]:
-  at = 0
-  while at < len(packed):
-    value, at = _varint(packed, at)
-    yield _signed(value)
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-  value = 0
-  for shift in range(0, 70, 7):
-    if at >= len(message):
-      raise ValueError("not a tf.Example: it is cut short")
-    byte = message[at]
-    value |= (byte & 127) << shift
-    at += 1
-    if byte < 128:
-      return value, at
-  raise ValueError("not a tf.Example: a number without end")
-
-
-def _signed(value: int) -> int:
-  return value - (1 << 64) if value >> 63 & 1 else value
+  file = text_format.Parse(SCHEMA, descriptor_pb2.FileDescriptorProto())
+  pool = descriptor_pool.DescriptorPool()
+  pool.Add(file)
+  return message_factory.GetMessageClass(pool.FindMessageTypeByName("Example"))

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from maxtext.data import prepared
+from maxtext.data.errors import brief
 from maxtext.data.feeds import Reader
 from maxtext.data.sections import FORMATS, Data
 from maxtext.data.sources import Source, find, hold_out
-from maxtext.data.tokenizers import Tokenizer, brief
+from maxtext.data.tokenizers import Tokenizer
 from maxtext.errors import DataError, closest
 
 Schedule = tuple[tuple[float, float], ...]  # (step, weight), weights between them are on a line

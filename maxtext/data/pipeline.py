@@ -49,9 +49,6 @@ def _identity(corpus: Corpus, data: Data, length: int) -> dict[str, Any]:
   packer = data.grain_packing_type if data.packing else "none"
   cut = " use_truncation=true" * data.use_truncation
   identity |= {"data_shuffle_seed": seed, "grain_packing_type": packer + cut}
-  if packer in (
-    "first_fit",
-    "best_fit",
-  ):  # how the last rows are filled depends on what follows them
+  if packer.endswith("_fit"):  # how the last rows are filled depends on what follows them
     identity |= {"max_segments_per_seq": data.max_segments_per_seq, "num_epoch": data.num_epoch}
   return identity

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from maxtext.data.errors import Damaged
-from maxtext.data.records import ArrayRecords, File, Record, brief
+from maxtext.data.errors import Damaged, brief
+from maxtext.data.records import ArrayRecords, File, Record
 from maxtext.errors import DataError
 
 MANIFEST, INDEX, FORMAT = "manifest.json", ".index.npy", 1

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from maxtext.data import examples
-from maxtext.data.errors import Damaged
+from maxtext.data.errors import Damaged, brief
 from maxtext.errors import DataError, closest
 
 Record = dict[str, Any]  # a column's value: text, bytes, or a list of token ids
@@ -322,9 +322,3 @@ def package(name: str, what: str) -> Any:
     raise DataError(
       f"{what} need the package {name}, which is not installed; pip install {name}"
     ) from None
-
-
-def brief(error: BaseException) -> str:
-  """What a library says of a file, in a line."""
-  text = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-  return text if len(text) <= 160 else f"{text[:157]}..."

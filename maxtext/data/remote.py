@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from maxtext.data.errors import brief
 from maxtext.data.prepared import INDEX, MANIFEST
-from maxtext.data.records import brief, package
+from maxtext.data.records import package
 from maxtext.errors import DataError
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub", "az": "adlfs"}

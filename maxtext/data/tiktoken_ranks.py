@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from maxtext.data.chat import Chat
-from maxtext.data.tokenizers import brief, joined, package, read, write
+from maxtext.data.errors import brief
+from maxtext.data.tokenizers import joined, package, read, write
 from maxtext.errors import DataError
 from maxtext.log import log
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from maxtext.data.chat import Chat
+from maxtext.data.errors import brief
 from maxtext.errors import DataError
 
 SPECIAL = 3  # ids 0, 1, 2 are pad, bos, eos
@@ -148,8 +149,3 @@ def package(name: str) -> Any:
     raise DataError(
       f"the package {name} is not installed; pip install 'maxtext[hf]', or pip install {name}"
     ) from None
-
-
-def brief(error: Exception) -> str:
-  """What a library says of a file, in a line."""
-  return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
