@@ -38,8 +38,8 @@ def test_in_continuous_mode_a_save_begins_when_the_last_is_whole_and_none_before
 
 
 def test_a_run_whose_ends_are_drawn_at_random_equals_one_that_was_left_alone(parent):
-  case = chaos.cases(parent)[0]
-  assert chaos.kill_and_resume(case, 5, random.Random(5)).total() == 5
+  case = next(case for case in chaos.cases(parent) if "copies-by1" in case.name)
+  assert chaos.kill_and_resume(case, 3, random.Random(5)).total() == 3
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(parent):
