@@ -32,13 +32,15 @@ _BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """`times` a step over these mesh `axes`; its result has `size` bytes on a device, in arrays of
-  these `shapes`; `name` is the operation of the program that it comes from. `beside` are the
-  cycles, as the compiler estimates them, of what is computed meanwhile; None: all wait for it.
+  """`times` a step over these mesh `axes`, among `ways` devices each; its result has `size` bytes
+  on a device, in arrays of these `shapes`; `name` is the operation of the program that it comes
+  from. `beside` are the cycles, as the compiler estimates them, of what is computed meanwhile;
+  None: all wait for it.
   """
 
   kind: str
   axes: tuple[str, ...]
+  ways: int
   times: int
   size: int
   shapes: tuple[tuple[int, ...], ...]
@@ -167,7 +169,8 @@ def _sent(name: str, program: _Program) -> Iterator[Collective]:
     elif line.op == "recv" and (across := re.search(r'megascale_transfer_type="(\w+)"', line.rest)):
       one = _collective(across[1].lower().replace("_", "-"), line, program.mesh, first=True)
       beside = program.beside(lines, begin)
-      yield dataclasses.replace(one, axes=program.over, beside=beside)
+      ways = math.prod(program.mesh[axis] for axis in program.over)
+      yield dataclasses.replace(one, axes=program.over, ways=ways, beside=beside)
     elif line.op == "while":
       trips = trips_of(line.rest, program.computations)
       body = re.search(r"body=%?([\w.\-]+)", line.rest)
@@ -209,8 +212,8 @@ def _collective(kind: str, line: Line, mesh: dict[str, int], first: bool = False
   shapes = [tuple(int(n) for n in dims.split(",") if n) for _, dims in arrays]
   sizes = [math.prod(shape) * bits(kind) // 8 for (kind, _), shape in zip(arrays, shapes)]
   name = re.search(r'op_name="([^"]*)"', line.rest)
-  axes = _axes(line.rest, tuple(mesh.items()))
-  return Collective(kind, axes, 1, sum(sizes), tuple(shapes), name[1] if name else "")
+  axes, ways = _axes(line.rest, tuple(mesh.items()))
+  return Collective(kind, axes, ways, 1, sum(sizes), tuple(shapes), name[1] if name else "")
 
 
 def bits(dtype: str) -> int:
@@ -219,14 +222,16 @@ def bits(dtype: str) -> int:
 
 
 @functools.cache
-def _axes(rest: str, mesh: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
-  """The mesh axes along which devices that send each other something differ."""
+def _axes(rest: str, mesh: tuple[tuple[str, int], ...]) -> tuple[tuple[str, ...], int]:
+  """The mesh axes along which devices that send each other something differ, and how many do."""
   sizes = tuple(size for _, size in mesh)
   where = np.stack(np.unravel_index(np.arange(math.prod(sizes)), sizes), -1)  # of a device, by axis
   differ = np.zeros(len(sizes), bool)
-  for group in _groups(rest, len(where)):
+  groups = _groups(rest, len(where))
+  for group in groups:
     differ |= (where[group] != where[group[:1]]).any(0)
-  return tuple(name for (name, _), one in zip(mesh, differ) if one)
+  axes = tuple(name for (name, _), one in zip(mesh, differ) if one)
+  return axes, max(map(len, groups), default=1)
 
 
 def _groups(rest: str, devices: int) -> list[list[int]]:

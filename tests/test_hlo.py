@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from maxtext import config, hlo, program
+from maxtext.compiled.report import wire_bytes
 
 ROOT = Path(__file__).parents[1]
 LAYERS, WEIGHTS = 3, 7  # in a layer: four of attention, three of the mlp
@@ -452,3 +453,17 @@ def test_what_runs_is_counted_with_the_trips_of_its_loops_and_over_the_axes_it_r
     ("all-gather", ("fsdp", "tensor"), 1, 32 * 4),
     ("all-gather", ("tensor",), 1, 4 * 4),
   ]
+
+
+IN_RINGS = """HloModule rings
+
+ENTRY %main (x: f32[16]) -> f32[4] {
+  %x = f32[16]{0} parameter(0)
+  ROOT %sum = f32[4]{0} reduce-scatter(%x), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+}
+"""
+
+
+def test_what_runs_among_a_few_devices_of_an_axis_sends_as_much_as_among_so_many():
+  (one,) = hlo.collectives(IN_RINGS, {"fsdp": 8})
+  assert (one.axes, one.ways, wire_bytes(one)) == (("fsdp",), 4, 16 * 3)

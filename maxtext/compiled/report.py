@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from typing import Any
 
@@ -139,7 +138,7 @@ def of(built: Program, compiled: Any, cpu_seconds: float) -> Report:
     largest=tuple(_largest(built, walked, origins)),
     at=f"{origins.source(walked.at)} {name_of(walked.at)}".strip() if walked.at else "",
     work=work,
-    sent=_sent(collectives, built.layout.mesh.shape),
+    sent=_sent(collectives),
     time=time_of(built, walked, collectives, work),
     part=PART
     if built.layout.mesh.devices.flat[0].platform == "gpu" != jax.default_backend()
@@ -260,21 +259,20 @@ def _work(built: Program, walked: Profile) -> dict[str, float]:
   }
 
 
-def _sent(collectives: list[hlo.Collective], mesh: Any) -> tuple[Sent, ...]:
+def _sent(collectives: list[hlo.Collective]) -> tuple[Sent, ...]:
   found = []
   for kind, axes, times, size in hlo.totals(collectives):
     own = [one for one in collectives if (one.kind, one.axes) == (kind, axes)]
     beside = sum(one.times * one.size for one in own if one.beside is not None)
-    wire = sum(one.times * wire_bytes(one, mesh) for one in own)
+    wire = sum(one.times * wire_bytes(one) for one in own)
     found.append(Sent(kind, axes, times, size, wire, beside))
   return tuple(found)
 
 
-def wire_bytes(one: hlo.Collective, mesh: Any) -> int:
+def wire_bytes(one: hlo.Collective) -> int:
   """Bytes that a device sends in one collective, done round a ring."""
-  ways = math.prod(mesh[axis] for axis in one.axes)
   if one.kind == "collective-permute":
     return one.size
   if one.kind == "reduce-scatter":
-    return one.size * (ways - 1)
-  return one.size * (ways - 1) // ways * (2 if one.kind == "all-reduce" else 1)
+    return one.size * (one.ways - 1)
+  return one.size * (one.ways - 1) // one.ways * (2 if one.kind == "all-reduce" else 1)

@@ -62,8 +62,7 @@ def time_of(
 
 def _waited(one: hlo.Collective, network: Network, clock: float) -> float:
   """Seconds of a collective in which nothing is computed."""
-  ways = network.ways(one.axes)
-  size = one.size * ways if one.kind == "reduce-scatter" else one.size
+  size = one.size * one.ways if one.kind == "reduce-scatter" else one.size
   if one.kind == "collective-permute":
     seconds = size / network.speed(one.axes)
   else:
