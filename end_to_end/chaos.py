@@ -129,9 +129,11 @@ def _kill(life: Life) -> None:
 
 
 def sigterm(life: Life, chance: random.Random) -> None:
-  """To one of the processes, at its first words or some steps later: all save, and end well."""
+  """To one of the processes, at its first words or some steps later: all save, and end well. Of
+  two, not before they have met: the other would wait for one that has ended.
+  """
   life.first.until(lambda: bool(life.first.lines))
-  life.steps(chance.randint(0, 8))
+  life.steps(chance.randint(min(len(life.processes) - 1, 1), 8))
   chance.choice(life.processes).send(signal.SIGTERM)
   life.end(0)
   _explained(life.first, r"the same command resumes it|finished")
