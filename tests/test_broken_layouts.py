@@ -297,7 +297,7 @@ BROKEN = [
   ),
   (
     "context_parallel_strategy=ring",
-    "only with a parallelism over an axis that splits",
+    "only with a parallelism over an axis to which logical_axis_rules give",
     ways(context=2),
   ),
   # stages
@@ -389,7 +389,7 @@ BROKEN = [
   ),
   (
     "shard_optimizer_over_data=true",
-    "has an effect only with a parallelism over data",
+    "has an effect only with ici_data_parallelism (or that over slices) above 1",
     ways(data=2),
   ),
   (

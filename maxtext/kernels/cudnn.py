@@ -25,9 +25,14 @@ def _unfit(
 ) -> str | None:
   if platform() != "gpu":
     return "it runs on NVIDIA GPUs"
-  if jax.default_backend() != "gpu":  # it asks the device for its plan
+  if not planned():
     return "it is compiled where there is a GPU"
   return lacking(q, k, v, mask, scores, sink, seed)
+
+
+def planned() -> bool:
+  """Whether there is a GPU, which is asked for the kernel's plan."""
+  return jax.default_backend() == "gpu"
 
 
 def lacking(

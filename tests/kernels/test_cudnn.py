@@ -27,6 +27,7 @@ def as_if_on_a_gpu(monkeypatch):
   mapping = cudnn.attention
   monkeypatch.setattr(cudnn, "attention", lambda _, *case: mapping("xla", *case))
   monkeypatch.setattr(cudnn, "platform", lambda: "gpu")
+  monkeypatch.setattr(cudnn, "planned", lambda: True)
 
 
 def draw(dtype=jnp.bfloat16, queries=LENGTH, keys=LENGTH, head_dim=8):

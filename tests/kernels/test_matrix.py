@@ -47,6 +47,7 @@ def stand_ins(monkeypatch):
   mapping = cudnn.attention
   monkeypatch.setattr(cudnn, "attention", lambda _, *case: mapping("xla", *case))
   monkeypatch.setattr(cudnn, "platform", lambda: "gpu")
+  monkeypatch.setattr(cudnn, "planned", lambda: True)
 
 
 def make(cell):
