@@ -74,6 +74,7 @@ def test_one_query_over_a_long_cache_takes_the_plain_product():
 
 @pytest.mark.parametrize("platform, first", [("tpu", "flash"), ("gpu", "cudnn_flash")])
 def test_the_hardwares_own_kernel_comes_first_where_it_is_fit(platform, first, monkeypatch, caplog):
+  monkeypatch.setattr(kernels.cudnn, "planned", lambda: True)
   for module in (sharding, kernels.splash, kernels.cudnn):
     monkeypatch.setattr(module, "platform", lambda: platform)
   monkeypatch.setattr(kernels, "_announced", set())
