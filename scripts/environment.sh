@@ -3,7 +3,8 @@
 #
 # `prepare EXTRA[,EXTRA]` leaves the project (editable) and these extras in "$venv", in the exact
 # versions of constraints.txt, and takes milliseconds when neither list changed. uv does the work
-# where it is found, else venv and pip. PYTHON chooses the interpreter; PIP_* and UV_* mean what they always mean.
+# where it is found, else venv and pip. PYTHON chooses the interpreter; PIP_* and UV_* mean what they
+# always mean.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
