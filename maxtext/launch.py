@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from maxtext.errors import ConfigError, ConfigErrors, run_cli
 from maxtext.hosts.sections import PLACE
 from maxtext.jobs import Job, Launch, Machine, commands, find, jobset, local, schema
 from maxtext.jobs.job import AGAIN
-from maxtext.jobs.sections import BUCKET, SECRET
+from maxtext.jobs.sections import BUCKET, LABEL, SECRET
 
 USAGE = """\
 usage: python -m maxtext.launch [CONFIG.yml] launch_target=TARGET [key=value ...] [--submit]
@@ -68,6 +68,10 @@ NEEDED = {
   "gke": ("launch_image", "launch_volume", "launch_machine"),
   "xpk": ("launch_image", "launch_volume", "launch_machine", *GOOGLE),
 }
+HERE = (  # what is read, by its path
+  *("dataset_path", "grain_train_files", "grain_eval_files", "grain_train_mixture_config_path"),
+  *("tokenizer_path", "load_parameters_path", "load_full_state_path", "compiled_trainstep_file"),
+)
 FILES = {"local": "local.sh", "docker": "docker.sh", "gke": "gke.yml", "xpk": "xpk.sh"}
 
 
@@ -110,18 +114,35 @@ def complaints(loaded: Config) -> Iterator[Complaint]:
       yield _at(loaded, key, f"launch_target={target} needs it; set it")
   if target == "local":
     return
+  yield from _lost(loaded)
+  volume = launch.launch_volume
+  bucket, claim = "://" in volume, re.fullmatch(rf"{LABEL}(\.{LABEL})*", volume)
+  if bucket and target != "gke":
+    yield _at(loaded, "launch_volume", "buckets are mounted on GKE only; name what is there")
+  elif bucket and not re.fullmatch(BUCKET, volume):
+    yield _at(loaded, "launch_volume", f"{volume!r} is not of the form gs://BUCKET")
+  elif target == "gke" and volume and not (bucket or claim):
+    problem = f"{volume[:70]!r} is no PersistentVolumeClaim; names are of a-z, 0-9, - and ."
+    yield _at(loaded, "launch_volume", problem)
+
+
+def _lost(loaded: Config) -> Iterator[Complaint]:
+  """What a container would lose when it ends, or has not when it begins."""
+  mount = loaded.launch.launch_mount
+  inside = lambda path: path.startswith(f"{mount}/") or path == mount
   base, block = loaded.run.base_output_directory, loaded.architecture.decoder_block
-  if not base.startswith(f"{launch.launch_mount}/"):
-    problem = f"{base!r} is lost with the container; name a folder in {launch.launch_mount}"
+  if not inside(base):
+    problem = f"{base!r} is lost with the container; name a folder in {mount}"
     yield _at(loaded, "base_output_directory", f"{problem}, where launch_volume is")
   if os.path.isabs(block):
     problem = f"{block} is a file of this machine; put it into configs/decoder_blocks of the image"
     yield _at(loaded, "decoder_block", f"{problem}, or write its blocks as the key blocks")
-  bucket = "://" in launch.launch_volume
-  if bucket and target != "gke":
-    yield _at(loaded, "launch_volume", "buckets are mounted on GKE only; name what is there")
-  elif bucket and not re.fullmatch(BUCKET, launch.launch_volume):
-    yield _at(loaded, "launch_volume", f"{launch.launch_volume!r} is not of the form gs://BUCKET")
+  for key in HERE:
+    for path in filter(None, map(str.strip, loaded.values[key].split(";"))):
+      here = "://" not in path and (not os.path.isabs(path) or os.path.exists(path))
+      if here and not inside(path) and key not in idle(loaded):
+        problem = f"{path!r} is of this machine; put it on launch_volume"
+        yield _at(loaded, key, f"{problem}, and name it as {mount}/...")
 
 
 def _at(loaded: Config, key: str, problem: str) -> Complaint:
@@ -153,6 +174,8 @@ def _job(loaded: Config) -> Job:
   if run.hardware not in ("auto", machine.hardware):
     problem = f"{run.hardware} is not what {machine.name} has; leave it away"
     raise ConfigError("hardware", f"{problem}, or name another launch_machine")
+  if launch.launch_target == "docker":
+    machine = machine.whole
   if launch.launch_target == "docker" and machine.hosts * slices > 1:
     problem = f"{machine} is more than this host; use launch_target=gke or xpk"
     raise ConfigError("launch_machine", problem)
@@ -190,7 +213,7 @@ def _elsewhere(job: Job, submit: bool) -> int:
   launch = job.launch
   path = _file(launch, job.run_name)
   if launch.launch_target == "gke":
-    text = _manifest(job)
+    text = _text(_manifest(job))
     command = ["kubectl", "apply", f"--filename={path}"]
   else:
     command = {"docker": commands.docker, "xpk": commands.xpk}[launch.launch_target](job)
@@ -201,20 +224,27 @@ def _elsewhere(job: Job, submit: bool) -> int:
     raise ConfigError(holder, f"{problem} in launch_secrets")
   print(f"{job.run_name} on {job.machine}" + (f", {job.slices} slices" if job.slices > 1 else ""))
   last = _write(path, text)
-  code = 0
+  if launch.launch_target == "xpk":  # which makes no TensorBoard
+    path.with_name("tensorboard.yml").write_text(_text(jobset.tensorboard(job)))
   if submit:
     if shutil.which(command[0]) is None:
       raise ConfigError("--submit", f"{command[0]} is not there; install it, or start {path} there")
-    if not (code := subprocess.run(command).returncode):
-      last.write_text(text)
+    if code := subprocess.run(command).returncode:
+      print(f"not started: {command[0]} ended with {code}")
+      return code
+    last.write_text(text)
   else:
     print(f"start:       {shlex.join(command) if path.suffix == '.yml' else f'bash {path}'}")
   for what, way in commands.afterwards(job, path):
     print(f"{what + ':':<12} {way}")
-  return code
+  return 0
 
 
-def _manifest(job: Job) -> str:
+def _text(documents: Iterable[Mapping[str, Any]]) -> str:
+  return "---\n".join(yaml.dump(d, Dumper=_Whole, sort_keys=False, width=100) for d in documents)
+
+
+def _manifest(job: Job) -> list[dict[str, Any]]:
   """The documents that are applied, with launch_overlay on top. Raises ConfigErrors for what
   Kubernetes would not take.
   """
@@ -223,8 +253,9 @@ def _manifest(job: Job) -> str:
     if name:
       own = [d for d in yaml.safe_load_all(Path(name).expanduser().read_text()) if d]
   except (OSError, UnicodeError, yaml.YAMLError) as error:
-    what = (str(error).splitlines() or [""])[0]
-    raise ConfigError("launch_overlay", f"{name!r} cannot be read: {what}") from None
+    what = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+    problem = f"{name!r} cannot be read: {what}; name a YAML file, or leave it away"
+    raise ConfigError("launch_overlay", problem) from None
   made = jobset.documents(job)
   kinds = [d["kind"] for d in made]
   if lost := [d for d in own if not isinstance(d, dict) or d.get("kind") not in kinds]:
@@ -236,7 +267,7 @@ def _manifest(job: Job) -> str:
   found = [f"{d['kind']} {line}" for d in made for line in schema.problems(d, d["kind"], known)]
   if found:
     raise ConfigErrors(found)
-  return "---\n".join(yaml.dump(d, Dumper=_Whole, sort_keys=False, width=100) for d in made)
+  return made
 
 
 def _file(launch: Launch, run_name: str) -> Path:

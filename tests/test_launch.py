@@ -152,6 +152,13 @@ def test_what_waits_in_a_file_for_another_key_is_left_out(place, name):
     ("launch_image=", "launch_target=gke needs it"),
     ("base_output_directory=runs", "is lost with the container"),
     ("launch_volume=gs://a/b", "not of the form gs://BUCKET"),
+    ("launch_volume=My_Claim", "is no PersistentVolumeClaim"),
+    ("dataset_path=corpus/*.txt", "is of this machine; put it on launch_volume"),
+    ("load_parameters_path=/tmp", "is of this machine; put it on launch_volume"),
+    ("launch_machine=v5p128", "did you mean 'v5p-128'?"),
+    ("launch_machine=v5p_128", "did you mean 'v5p-128'?"),
+    ("launch_machine=h100mega16", "did you mean 'h100-mega'?"),
+    ("launch_overlay=/nowhere.yml", "No such file or directory; name a YAML file"),
     ("processes=2", "has no effect with launch_target=gke"),
     ("launch_environment=[HF_TOKEN=x]", "looks like a secret"),
     ("launch_machine=h100-12", "nodes of 8"),
@@ -192,7 +199,9 @@ def test_a_launch_that_fails_is_none(place, monkeypatch, capsys):
   monkeypatch.setenv("PATH", f"{place}/bin")
   assert launch.main([TINY, *GKE, "--submit"]) == 3
   launch.main([TINY, *GKE])
-  assert capsys.readouterr().out.count("not launched before") == 2
+  said = capsys.readouterr().out
+  assert said.count("not launched before") == 2 and "not started: kubectl ended with 3" in said
+  assert said.count("kubectl logs") == 1  # of the one that was not tried
 
 
 @pytest.mark.parametrize("target, name", [(GKE, "kubectl"), (XPK, "xpk"), (DOCKER, "docker")])
@@ -264,8 +273,30 @@ def test_xpk_is_told_to_start_again_what_ends_with_75(place):
   assert words[:3] == ["xpk", "workload", "create"]
   told = dict(word.removeprefix("--").split("=", 1) for word in words[3:])
   assert told["tpu-type"] == "v5litepod-16" and told["num-slices"] == "1"
-  assert told["restart-on-exit-codes"] == "75" and told["max-restarts"] == "10"
+  assert told["restart-on-exit-codes"] == "1,75" and told["max-restarts"] == "10"
   assert told["termination-grace-period-seconds"] == "900" and told["storage"] == "store"
+
+
+def test_tensorboard_reads_the_storage_of_a_run_by_xpk(place, capsys):
+  launch.main([TINY, *XPK])
+  said = capsys.readouterr().out
+  assert "kubectl apply --filename=launches/tiny/tensorboard.yml && kubectl rollout" in said
+  deployment, service = yaml.safe_load_all(written(place, "tensorboard.yml"))
+  pod = deployment["spec"]["template"]["spec"]
+  assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "store-pvc"}
+  assert pod["containers"][0]["volumeMounts"][0]["readOnly"]
+  assert "--logdir=/data/runs/tiny" in pod["containers"][0]["command"]
+  assert service["metadata"]["name"] in said
+
+
+@pytest.mark.parametrize("machine", ["v5e-8", "v6e-8", "v5p-8", "h100-8"])
+def test_docker_is_given_a_machine_that_is_one_host(place, machine):
+  assert launch.main([TINY, *DOCKER, f"launch_machine={machine}"]) == 0
+
+
+@pytest.mark.parametrize("machine", ["v5e-16", "v5p-16", "h100-16"])
+def test_docker_is_not_given_more_than_one_host(machine):
+  assert "more than this host" in refused(*DOCKER, f"launch_machine={machine}")
 
 
 def test_docker_passes_secrets_on_by_name(place):

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from maxtext.jobs.job import AGAIN, Job
+from maxtext.jobs.job import AGAIN, CRASHED, Job
 
 
 def xpk(job: Job) -> list[str]:
@@ -27,7 +27,7 @@ def xpk(job: Job) -> list[str]:
     f"--docker-image={launch.launch_image}",
     f"--storage={launch.launch_volume}",
     f"--max-restarts={launch.launch_max_restarts}",
-    f"--restart-on-exit-codes={AGAIN}",
+    f"--restart-on-exit-codes={CRASHED},{AGAIN}",  # and by itself those of signals
     f"--termination-grace-period-seconds={launch.launch_grace_seconds}",
     *(f"--env={name}={value}" for name, value in launch.environment.items()),
     f"--command={' '.join(map(_in_a_line, job.command))}",
@@ -90,10 +90,14 @@ def afterwards(job: Job, path: Path) -> Iterator[tuple[str, str]]:
     return
   selector = f"--selector=jobset.sigs.k8s.io/jobset-name={job.name},{of_process_0}"
   yield "logs", f"kubectl logs {space} --follow --tail=-1 {selector}"
+  look = f"kubectl port-forward {space} service/{job.name}-tensorboard 6006"
   if launch.launch_target == "gke":
-    yield "TensorBoard", f"kubectl port-forward {space} service/{job.name}-tensorboard 6006"
+    yield "TensorBoard", look
     yield "stop", f"kubectl delete --filename={path}"
   else:
+    begun = f"kubectl rollout status {space} deployment/{job.name}-tensorboard"
+    apply = f"kubectl apply --filename={path.with_name('tensorboard.yml')}"
+    yield "TensorBoard", f"{apply} && {begun} && {look}"
     place = f"--cluster={launch.launch_cluster} --project={launch.launch_project}"
     place += f" --zone={launch.launch_zone}"
     yield "stop", f"xpk workload delete --workload={job.name} {place}"

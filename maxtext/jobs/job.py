@@ -12,7 +12,7 @@ from maxtext.jobs.sections import BUCKET, Launch
 
 LONGEST = 40  # characters of a name: what Kubernetes puts behind it leaves 63 no more
 GOOD_FOR_NOTHING = (2, 3, 4, 5)  # exit codes of a run that would end in the same way again
-AGAIN = 75
+CRASHED, AGAIN = 1, 75
 
 
 @dataclasses.dataclass(frozen=True)

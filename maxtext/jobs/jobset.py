@@ -14,12 +14,13 @@ Tree = dict[str, Any]
 SLICE, TRAIN, VOLUME, USER = "slice", "train", "runs", 1000
 PORT = 6006  # TensorBoard's
 INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+XPK_ACCOUNT = "xpk-sa"  # which xpk lets read its storages
 KEPT = 7 * 24 * 3600  # seconds for which what has ended can be looked at
 
 
 def documents(job: Job) -> list[Tree]:
   """What `kubectl apply` is given."""
-  return [_jobset(job), *_tensorboard(job)]
+  return [_jobset(job), *tensorboard(job)]
 
 
 def _jobset(job: Job) -> Tree:
@@ -114,7 +115,7 @@ def _environment(job: Job) -> Iterator[Tree]:
     yield {"name": key, ("value" if isinstance(value, str) else "valueFrom"): value}
 
 
-def _tensorboard(job: Job) -> Iterator[Tree]:
+def tensorboard(job: Job) -> Iterator[Tree]:
   """Deployment and Service `<name>-tensorboard`."""
   name, labels = f"{job.name}-tensorboard", {"app": f"{job.name}-tensorboard"}
   container = {
@@ -131,6 +132,8 @@ def _tensorboard(job: Job) -> Iterator[Tree]:
     "containers": [container],
     "volumes": [_volume(job, network=False)],
   }
+  if job.launch.launch_target == "xpk":
+    pod["serviceAccountName"] = XPK_ACCOUNT
   marks = _marks(job)
   marks["labels"] = labels
   yield {
@@ -159,7 +162,8 @@ def _about(job: Job, name: str) -> Tree:
 def _marks(job: Job) -> Tree:
   """What a pod carries: whether Cloud Storage FUSE has something to mount in it."""
   labels: Tree = {"labels": {"app.kubernetes.io/instance": job.name}}
-  return labels | ({"annotations": {"gke-gcsfuse/volumes": "true"}} if job.bucket else {})
+  fuse = job.bucket or job.launch.launch_target == "xpk"  # whose storages may be buckets
+  return labels | ({"annotations": {"gke-gcsfuse/volumes": "true"}} if fuse else {})
 
 
 def _unprivileged() -> Tree:
@@ -173,7 +177,9 @@ def _mount(job: Job) -> Tree:
 def _volume(job: Job, network: bool) -> Tree:
   """What all hosts share; `network`: the pod is on the host's own."""
   if not job.bucket:
-    return {"name": VOLUME, "persistentVolumeClaim": {"claimName": job.launch.launch_volume}}
+    own = "-pvc" if job.launch.launch_target == "xpk" else ""  # as xpk calls a storage's claim
+    claim = {"claimName": f"{job.launch.launch_volume}{own}"}
+    return {"name": VOLUME, "persistentVolumeClaim": claim}
   options = f"implicit-dirs,rename-dir-limit=1000000,uid={USER},gid={USER}"
   attributes = {"bucketName": job.bucket, "mountOptions": options}
   if network:

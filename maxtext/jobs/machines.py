@@ -30,6 +30,7 @@ GPUS = {
 }
 OTHER_NAMES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e", "v7x": "tpu7x"}
 PER_NODE = 8
+PER_HOST = 8  # chips of a plane's largest host
 LARGEST = 6144  # chips of a slice that is named by its number
 
 
@@ -52,7 +53,15 @@ class Machine:
   def hardware(self) -> str:
     return "tpu" if self.topology else "gpu" if self.label else "cpu"
 
+  @property
+  def whole(self) -> Machine:
+    """The same as it is rented outside of GKE: eight chips of a plane are on one host too."""
+    one = self.topology == SMALL[PER_HOST]
+    return dataclasses.replace(self, hosts=1, chips=PER_HOST) if one else self
+
   def __str__(self) -> str:
+    if not self.chips:
+      return self.name
     where = f", {self.topology}" if self.topology else ""
     hosts = f"{self.hosts} host{'s' * (self.hosts > 1)}"
     return f"{self.name}{where}: {hosts} of {self.chips} chip{'s' * (self.chips > 1)}"
@@ -70,8 +79,7 @@ def find(name: str, key: str = "launch_machine") -> Machine:
   if kind in GPUS and size.isdecimal():
     return _nodes(name, kind, int(size), key)
   if kind not in {**TORI, **PLANES} or not re.fullmatch(r"\d+(x\d+)*", size):
-    known = [*TORI, *PLANES, *GPUS]
-    offer = closest(kind or name, known) or f"; kinds are {', '.join(known)}"
+    offer = _near(name, kind)
     raise ConfigError(key, f"{name[:40]!r} is no machine, as v5p-128{offer}")
   cores = 2 if kind in TORI else 1
   fit, topology = dict(_slices(kind)), size
@@ -90,6 +98,16 @@ def find(name: str, key: str = "launch_machine") -> Machine:
   if kind == "v5e" and chips < 8:  # which it does not know
     xpk = ""
   return Machine(name, label, chips // each, each, devices, topology, xpk)
+
+
+def _near(name: str, kind: str) -> str:
+  """The machine that is nearly called so, or the kinds that there are."""
+  known = sorted((*TORI, *PLANES, *GPUS), key=len, reverse=True)
+  for one in known:
+    size = name.removeprefix(one)
+    if size != name and re.fullmatch(r"[-_ ]?\d+(x\d+)*", size):
+      return f", did you mean '{one}-{size.lstrip('-_ ')}'?"
+  return closest(kind or name, known) or f"; kinds are {', '.join(sorted(known))}"
 
 
 def _nodes(name: str, kind: str, count: int, key: str) -> Machine:
