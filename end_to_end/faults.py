@@ -1,7 +1,7 @@
 """`python faults.py FAULT ENTRY ARGUMENTS`: an entry point, train or replay, with something broken.
 
-FAULT is nan or spike, which about one batch in thirty does to the loss; or data, step or save,
-which after twenty of them takes a minute; or unread, where process 1 can read no state.
+FAULT is nan or spike, which about one batch in thirty does to the loss; or data, step or save, of
+which one takes a minute; or unread, where process 1 can read no state.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import sys
 import time
 from typing import Any
 
-BATCHES, FEW, LONG = 31, 20, 60.0
+BATCHES, LONG = 31, 60.0
+BEFORE = {"data": 20, "step": 20, "save": 2}  # how many are as ever before a slow one
 
 
 def poisoned(factor: float) -> None:
@@ -32,12 +33,12 @@ def poisoned(factor: float) -> None:
   program.NextToken = Poisoned  # type: ignore[misc]
 
 
-def slow(owner: Any, name: str) -> None:
-  """Have one call of a function, after a few, take long."""
+def slow(owner: Any, name: str, before: int) -> None:
+  """Have one call of a function, after some, take long."""
   act, calls = getattr(owner, name), itertools.count()
 
   def slowly(*arguments: Any, **named: Any) -> Any:
-    if next(calls) == FEW:
+    if next(calls) == before:
       time.sleep(LONG)
     return act(*arguments, **named)
 
@@ -67,11 +68,11 @@ def main() -> None:
   elif fault == "unread":
     unread()
   elif fault == "data":
-    slow(trainer, "place")
+    slow(trainer, "place", BEFORE[fault])
   elif fault == "save":
-    slow(Folder, "publish")
+    slow(Folder, "publish", BEFORE[fault])
   else:
-    slow(importlib.import_module("maxtext.training.loop").jax, "device_get")
+    slow(importlib.import_module("maxtext.training.loop").jax, "device_get", BEFORE[fault])
   run_cli(importlib.import_module(f"maxtext.{entry}").main)
 
 

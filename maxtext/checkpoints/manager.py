@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib
 import json
@@ -53,6 +52,7 @@ class Checkpoints:
     self._writer: Any = None
     self._thread: threading.Thread | None = None
     self._failure: CheckpointError | None = None
+    self._broken = False  # whether the last save failed, which closing Orbax may say once more
     self._seals = hosts.is_first()
     self.under_way: tuple[int, float] | None = None  # the step of a save, and when it began
 
@@ -79,7 +79,9 @@ class Checkpoints:
     try:
       self._writer = self._writer or self._make_writer()
       self._writer.start(building / STATE, state)
+      self._broken = False
     except Exception as error:  # Orbax and TensorStore raise whatever the layer below raised
+      self._broken = True
       self._abandon(building)
       raise self._trouble(step, error) from error
     waited = time.monotonic() - begun
@@ -95,7 +97,7 @@ class Checkpoints:
           blocked = waited if self._section.async_checkpointing else took
           log.info(line, self._folder.step(step), size / 1e6, took, blocked)
       except Exception as error:  # raised where the caller can see it
-        self._failure = self._trouble(step, error)
+        self._failure, self._broken = self._trouble(step, error), True
         self._abandon(building)
       finally:
         self.under_way = None
@@ -114,14 +116,11 @@ class Checkpoints:
       raise failure
 
   def close(self) -> None:
-    """wait(), then let Orbax's threads go."""
+    """wait(), then let Orbax's threads go. Raises CheckpointError."""
     try:
       self.wait()
     finally:
-      if self._writer is not None:
-        with contextlib.suppress(Exception):  # Orbax says once more what failed in a save
-          self._writer.close()
-        self._writer = None
+      self._release()
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -170,6 +169,16 @@ class Checkpoints:
   def extra(self, step: int) -> dict[str, Any]:
     """What was saved beside the state: mappings as they were, texts as they were."""
     return read_extra(self._folder.step(step), self._manifest(step))
+
+  def _release(self) -> None:
+    writer, self._writer = self._writer, None
+    try:
+      if writer is not None:
+        writer.close()
+    except Exception as error:  # Orbax and TensorStore raise whatever the layer below raised
+      if not self._broken:
+        cause = _cause(error)
+        raise CheckpointError(f"{self.directory}: cannot be closed: {cause}") from error
 
   def _join(self) -> None:
     """Let a save under way come to its end, whichever that is."""

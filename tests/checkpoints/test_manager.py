@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from maxtext.checkpoints import storage
 from maxtext.checkpoints.folder import locate
 from maxtext.checkpoints.manager import restore_newest, restore_parameters, restore_state
+from maxtext.checkpoints.storage import Writer
 from maxtext.checkpoints.stores import Store
 from maxtext.errors import CheckpointError
 
@@ -393,6 +394,30 @@ def test_a_disk_that_turned_read_only_is_one_error(
     checkpoints.save(20, states.of(20, row), extra)
   assert str(error.value) == f"{checkpoints.directory}/20: cannot be saved: Read-only file system"
   assert same_bits(checkpoints.restore(10, states.target(row)), states.of(10, row))
+
+
+@pytest.mark.parametrize("failed", [None, "start", "finish"])
+def test_closing_orbax_fails_in_silence_only_after_a_save_that_failed(
+  open_checkpoints, states, extra, row, monkeypatch, failed
+):
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  checkpoints = open_checkpoints()
+  checkpoints.save(10, states.of(10, row), extra)
+  checkpoints.wait()
+  monkeypatch.setattr(Writer, "close", full)
+  if failed:
+    monkeypatch.setattr(Writer, failed, full)
+    with pytest.raises(CheckpointError, match="/20: cannot be saved: No space left on device"):
+      checkpoints.save(20, states.of(20, row), extra)
+      checkpoints.wait()
+    checkpoints.close()
+  else:
+    with pytest.raises(
+      CheckpointError, match=f"^{checkpoints.directory}: cannot be closed: No space left on device$"
+    ):
+      checkpoints.close()
 
 
 @pytest.mark.parametrize("what", ["run", "run/checkpoints"])
