@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from end_to_end.forks import Forked
@@ -59,7 +59,7 @@ SAVING = {
   "continuous": ("enable_continuous_checkpointing=true", "eval_interval=-1"),
 }
 HASTE = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
-PER_KILL = 16  # steps that a run has more for each
+PER_KILL = 24  # steps that a run has more for each
 
 
 @dataclasses.dataclass
@@ -223,9 +223,9 @@ class Case:
   cache: Path
 
   def start(self, run: Run) -> Life:
-    variables = [place | HASTE for place in places(self.hosts)] if self.hosts > 1 else [{}]
-    alone = {"JAX_COMPILATION_CACHE_DIR": str(self.cache)}
-    return Life(run, [Forked(run, "devices=1", environment=alone | each) for each in variables])
+    variables = places(self.hosts) if self.hosts > 1 else [{}]
+    ours = HASTE | {"JAX_COMPILATION_CACHE_DIR": str(self.cache)}
+    return Life(run, [Forked(run, "devices=1", environment=ours | each) for each in variables])
 
 
 def cases(documents: Path) -> list[Case]:
@@ -247,21 +247,27 @@ def cases(documents: Path) -> list[Case]:
   return found[::5] + [case for i, case in enumerate(found) if i % 5]  # a few show much of all
 
 
-def kill_and_resume(case: Case, kills: int, chance: random.Random) -> collections.Counter[str]:
-  """Kill a run of this case so often, then hold it to one that was left alone; the kinds."""
+def kill_and_resume(
+  case: Case, kills: int, chance: random.Random, only: Sequence[Kind] = ()
+) -> collections.Counter[str]:
+  """Kill a run of this case so often, in `only` these ways or all, then hold it to one that was
+  left alone; the kinds. Without a disk of its own nothing is done to disks.
+  """
   with disk() as (place, own), tempfile.TemporaryDirectory() as other:
     keys = (*SMALL, *case.keys, f"steps={PER_KILL * kills + 8}")
     if "enable_emergency_checkpoint=true" in keys:
       keys += (f"local_checkpoint_directory={other}",)
     whole, run = (Run(place, name, keys) for name in ("whole", "killed"))
     case.start(whole).end(0)
-    kinds = [*PROCESSES, *(DISKS if own else ()), *([one_dies] if case.hosts > 1 else [])]
+    kinds = [*PROCESSES, *DISKS, *([one_dies] if case.hosts > 1 else [])]
     kinds += [kill_in_an_evaluation] if "eval_steps=4" in keys else []
+    kinds = [kind for kind in only or kinds if own or kind not in DISKS]
+    next_kind = drawn(kinds, chance)
     done = collections.Counter[str]()
     committed, lost = 0, False
     while done.total() < kills:
       life = case.start(run)
-      kind = chance.choice(kinds)
+      kind = next(next_kind)
       alive = life.alive()
       try:
         kind(life, chance)
@@ -282,6 +288,12 @@ def kill_and_resume(case: Case, kills: int, chance: random.Random) -> collection
       theirs = [line for line in theirs if line in ours]
     check(ours == theirs, f"{case.name}: the loss lines differ")
     return done
+
+
+def drawn(kinds: Sequence[Kind], chance: random.Random) -> Iterator[Kind]:
+  """Kinds at random, without end, and each of them before one comes again."""
+  while True:
+    yield from chance.sample(kinds, len(kinds))
 
 
 def kept(life: Life, committed: int, copies: bool) -> int:

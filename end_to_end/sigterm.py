@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from end_to_end.forks import Forked
 from end_to_end.runs import Run, check, report
 
 NEVER = ("checkpoint_period=1000000", "steps=1000000")
@@ -18,13 +19,13 @@ NEVER = ("checkpoint_period=1000000", "steps=1000000")
 
 def stopped_run_goes_on(parent: Path) -> None:
   run = Run(parent, "stopped", NEVER)
-  process = run.start()
+  process = Forked(run)
   process.reach(5)
   process.send(signal.SIGTERM)
   output, last = process.ends(0), process.step()
   check("resume" in output.splitlines()[-1], f"no word of how to go on:\n{process.tail()}")
   check(run.checkpoints() == {str(last + 1)}, f"after step {last}: saved {run.checkpoints()}")
-  again = run.start("exit_code_when_stopped=75")
+  again = Forked(run, "exit_code_when_stopped=75")
   again.reach(0)
   first = next(line for line in again.lines if line.startswith("completed step: "))
   again.send(signal.SIGTERM)
@@ -65,7 +66,7 @@ def second_signal_ends_at_once(parent: Path) -> None:
   seconds = time.monotonic() - start
   check(seconds < 1.0, f"the second SIGTERM took {seconds:.1f} s")
   check(code in (0, -signal.SIGTERM), f"the second SIGTERM: exit code {code}\n{process.tail()}")
-  run.train("steps=20", "resume_changes=[steps]")
+  Forked(run, "steps=20", "resume_changes=[steps]").ends(0)
   print(f"  second SIGTERM: gone in {seconds:.2f} s with {code}, and the run can still be finished")
 
 

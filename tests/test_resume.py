@@ -7,6 +7,7 @@ import random
 import pytest
 
 from end_to_end import chaos, sigterm
+from end_to_end.forks import Forked
 from end_to_end.runs import Run
 from maxtext.training.hooks import Save
 
@@ -37,9 +38,28 @@ def test_in_continuous_mode_a_save_begins_when_the_last_is_whole_and_none_before
   assert Slow.saves == [1, 8, 15, 22, 29]
 
 
-def test_a_run_whose_ends_are_drawn_at_random_equals_one_that_was_left_alone(parent):
-  case = next(case for case in chaos.cases(parent) if "copies-by1" in case.name)
-  assert chaos.kill_and_resume(case, 3, random.Random(5)).total() == 3
+ENDS = {
+  "corpus-first_fit-evaluating-by1": (
+    chaos.kill_at_any_time,
+    chaos.kill_in_an_evaluation,
+    chaos.disk_read_only,
+    chaos.sigterm,
+  ),
+  "mixture-unpacked-continuous-by1": (
+    chaos.kill_some_steps_in,
+    chaos.kill_in_a_save,
+    chaos.disk_full,
+    chaos.disk_unplugged,
+  ),
+  "mixture-concat-copies-by2": (chaos.kill_in_a_save, chaos.one_dies),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_run_that_ends_at_random_moments_equals_one_that_was_left_alone(parent, name):
+  case = next(case for case in chaos.cases(parent) if case.name == name)
+  kinds = ENDS[name]
+  assert chaos.kill_and_resume(case, len(kinds), random.Random(5), kinds).total() == len(kinds)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(parent):
@@ -53,10 +73,10 @@ def test_a_second_sigterm_ends_at_once_and_costs_no_checkpoint(parent):
 def test_a_run_that_reached_its_target_has_ended_until_the_target_is_lowered(parent):
   run = Run(parent, "target", ("steps=4", "eval_interval=2"))
   target = "target_eval_loss=100"
-  assert f"{target} is reached after 2 steps" in run.train(target)
-  again = run.start(target)
+  assert f"{target} is reached after 2 steps" in Forked(run, target).ends(0)
+  again = Forked(run, target)
   assert f"has reached {target} after 2 steps" in again.ends(0)
   assert again.steps_completed() == 0
-  lower = run.start("target_eval_loss=0.1")
+  lower = Forked(run, "target_eval_loss=0.1")
   lower.ends(0)
   assert lower.steps_completed() == 2

@@ -88,10 +88,6 @@ def kills(directory, count: int, rng: random.Random) -> None:
     jax.tree.map(np.testing.assert_array_equal, restored, state(np.int32(reached)))
 
 
-def test_a_run_killed_at_three_random_moments_keeps_a_whole_checkpoint(tmp_path):
-  kills(tmp_path / "checkpoints", 3, random.Random(3))
-
-
 @pytest.mark.slow
 def test_a_run_killed_at_thirty_random_moments_keeps_a_whole_checkpoint(tmp_path):
   kills(tmp_path / "checkpoints", 30, random.Random(4))

@@ -33,14 +33,6 @@ def test_processes_that_disagree_all_end_with_2_and_the_keys_that_differ(tmp_pat
     ]
 
 
-def test_when_a_process_is_killed_the_other_names_it_and_ends_with_75(tmp_path):
-  run = Run(tmp_path, "killed", (*SMALL, "steps=1000000"))
-  processes = hosts.together(run, 2, *ONE_DEVICE, environments=(HASTE, HASTE))
-  line, seconds = hosts.lost(processes, signal.SIGKILL, 1)
-  assert line.endswith("has died or does not answer; start all again, and the run goes on")
-  assert seconds < 30
-
-
 @pytest.mark.slow
 def test_after_a_death_both_go_on_with_the_newest_checkpoint(tmp_path):
   run = Run(tmp_path, "killed", (*SMALL, "steps=1000000", "checkpoint_period=2"))
