@@ -12,6 +12,7 @@ from maxtext.caches.slabs import Slab, Storage
 from maxtext.errors import ConfigError
 from maxtext.kernels import Scores, attend, held
 from maxtext.masks import Mask
+from tests.chips import FOUR, printed
 from tests.kernels.test_blockwise import assert_equal, draw, jit, masks
 
 BLOCK, S = 8, 43
@@ -170,3 +171,50 @@ def test_numbers_of_64_bits_may_be_enabled():
     ours, truth = (attend(name, q, k, v, mask, Scores(0.3)) for name in ("ragged", "dot_product"))
     assert ours.dtype == jnp.float64
     assert_equal([ours], [truth])
+
+
+FOR_A_TPU = """
+  import sys
+  import jax, jax.numpy as jnp, numpy as np
+  from jax.experimental import topologies
+  from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+  from maxtext.caches import PagedCache, Size, Storage
+  from maxtext.kernels import Scores, attend
+  from maxtext.masks import Mask
+
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices
+  grid = np.array(devices).reshape(2, 2)
+  mesh = Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+  rows, most, size = 8, 64, Size(2, (8, 128), (8, 128))
+  empty = lambda: PagedCache.empty(size, rows, rows * most, 16, most, Storage(jnp.bfloat16))
+  cache = jax.eval_shape(empty)
+  by_rows = lambda x: P("data") if x.shape == (rows, most) else P(None, "data")
+  place = lambda x: P(None, "data", None, "tensor") if x.ndim == 5 else by_rows(x)
+  heads, places = P("data", None, "tensor"), jax.tree.map(place, cache)
+
+  def decode(cache, q, k, v, positions, sink):
+    mask = Mask.of(positions, jnp.ones_like(positions))
+    cache, k, v, mask = cache.at(jnp.int32(1)).append(k, v, mask)
+    out = attend("ragged", q, k, v, mask.narrow(window=300), Scores(0.1, 30.0), sink)
+    return cache.at(None), out
+
+  given = (places, heads, heads, heads, P("data"), P("tensor"))
+  step = jax.shard_map(
+    decode, mesh=mesh, in_specs=given, out_specs=(places, heads), check_vma=False
+  )
+  like = jax.ShapeDtypeStruct
+  new = [like((rows, 1, n, 128), jnp.bfloat16) for n in (32, 8, 8)]
+  shapes = (cache, *new, like((rows, 1), jnp.int32), like((32,), jnp.float32))
+  at = lambda x, place: like(x.shape, x.dtype, sharding=NamedSharding(mesh, place))
+  step = jax.jit(step, donate_argnums=0).lower(*jax.tree.map(at, shapes, given)).compile()
+  sends = ("all-gather", "all-reduce", "collective-permute", "all-to-all")
+  memory, pool = step.memory_analysis(), cache.pool.keys.data
+  print(sum(step.as_text().count(word) for word in sends), memory.temp_size_in_bytes,
+        pool.size * pool.dtype.itemsize // 4)
+"""
+
+
+@pytest.mark.parametrize("topology", FOUR)
+def test_a_token_over_pages_compiles_for_a_tpu_on_four_chips_and_gathers_no_pages(topology):
+  sent, temporary, keys = map(int, printed(FOR_A_TPU, topology)[-1].split())
+  assert sent == 0 and temporary < keys / 4

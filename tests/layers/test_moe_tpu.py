@@ -1,12 +1,8 @@
 """The TPU's compiler takes experts on each device's own tokens, with their gradients."""
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
+
+from tests.chips import FOUR, printed
 
 COMPILE = """
   import sys
@@ -19,7 +15,7 @@ COMPILE = """
   from maxtext.layers.params import Compute
   from maxtext.specs import MlpSpec, MoeSpec
 
-  devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[2]).devices
   axes, grid = (sys.argv[1], "tensor"), np.array(devices).reshape(2, 2)
   mesh = Mesh(grid, axes, axis_types=(AxisType.Auto,) * 2)
   rules = config.load([], {}).mesh.logical_axis_rules
@@ -46,28 +42,11 @@ COMPILE = """
 """
 
 
+@pytest.mark.parametrize("topology", FOUR)
 @pytest.mark.parametrize("axis", ["fsdp", "expert"])
-def test_it_compiles_for_a_tpu_with_its_gradient_over_four_chips(axis):
+def test_it_compiles_for_a_tpu_with_its_gradient_over_four_chips(axis, topology):
   """Nine products: three forward, by inputs and by weights; the last output is not needed. Tokens
   go to experts of other chips, and gradients back: at least those of inputs and of outputs.
   """
-  pytest.importorskip("libtpu")
-  environ = {
-    **os.environ,
-    "TPU_SKIP_MDS_QUERY": "1",
-    "JAX_PLATFORMS": "cpu",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  }
-  compiling = subprocess.run(
-    [sys.executable, "-c", textwrap.dedent(COMPILE), axis],
-    cwd=Path(__file__).parents[2],
-    env=environ,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-  assert compiling.returncode == 0, compiling.stderr[-2000:]
-  products, sent = map(int, compiling.stdout.split())
+  products, sent = map(int, printed(COMPILE, axis, topology)[-1].split())
   assert products >= 8 and (sent >= 4 if axis == "expert" else sent == 0)
