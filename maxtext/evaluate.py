@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
   if not any(word.startswith("eval_interval=") for word in words):
     words.append("eval_interval=1")  # now, however seldom training does
   own = step.parent.parent if step.parent.name == "checkpoints" else step
-  loaded = configs.load([str(own / "config.yml"), *words])
+  loaded = configs.load([str(own / "config.yml"), *words], purpose="read")
   resume.check_model(loaded, saved)
   hardware.prepare(loaded.run, several=False)
   logs.start(0, loaded.run.debug)

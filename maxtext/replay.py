@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     return 0 if argv else 2
   path, *words = argv
   incident, folder = _read(Path(path)), Path(path).absolute().parents[1]
-  loaded = configs.load([str(folder / "config.yml"), *words])
+  loaded = configs.load([str(folder / "config.yml"), *words], purpose="read")
   # the norms are reported where the guard would go back
   training = dataclasses.replace(loaded.training, rollback_limit=1)
   loaded = dataclasses.replace(loaded, training=training)

@@ -1,6 +1,7 @@
 """Measure our train step: against the hand-written one, from a cold start, and on a virtual mesh.
 
-  python scripts/benchmark_step.py [step] [memory] [start] [mesh] [--remat POLICY ...] [--rounds 5]
+  python scripts/benchmark_step.py [step] [memory] [start] [mesh] [guard] [--remat POLICY ...]
+                                   [--rounds 5]
 
   step     interleaved with both styles of scripts/baseline_step.py, for every remat policy: ratios
            of times (medians over rounds), and of memory as XLA plans it
@@ -8,6 +9,8 @@
   start    seconds from the start of `python -m maxtext.train` to its first finished step, with the
            compilation cache empty and then full, beside the same of the hand-written step
   mesh     8 virtual devices, fsdp 4 x tensor 2, against one, interleaved in one process
+  guard    training that skips spikes, against training that looks at none, interleaved; of this
+           model and of a small one
 
 The model is that of baseline_step.Size, in float32. On a busy machine trust CPU seconds and ratios.
 """
@@ -35,6 +38,11 @@ RUN = (
   "dataset_type=synthetic steps=1 enable_checkpointing=false enable_tensorboard=false "
   f"per_device_batch_size={ROWS}"
 ).split()
+SMALL = (
+  "dtype=float32 base_emb_dim=128 base_num_decoder_layers=4 base_num_query_heads=4 "
+  "base_num_kv_heads=2 base_mlp_dim=384 vocab_size=4096 max_target_length=128"
+).split()
+GUARDS = {"without": (), "with": ("skip_step_on_spikes=true",), "again": ()}
 DEVICES = "--xla_force_host_platform_device_count="
 
 
@@ -42,12 +50,13 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("parts", nargs="*", help="step, memory, start, mesh; default all")
+  parser.add_argument("parts", nargs="*", help="step, memory, start, mesh, guard; default all")
   parser.add_argument("--remat", nargs="+", choices=STYLE_REMAT, default=list(STYLE_REMAT))
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--alone", help=argparse.SUPPRESS)  # one contestant, for its peak memory
   options = parser.parse_args()
   measures = {"step": compare, "memory": weigh, "start": start, "mesh": spread}
+  measures |= {"guard": guard}
   if unknown := set(options.parts) - set(measures):
     parser.error(f"{unknown.pop()!r} is none of {', '.join(measures)}")
   os.environ["JAX_PLATFORMS"] = "cpu"
@@ -227,6 +236,56 @@ def spread(options: argparse.Namespace) -> None:
       f" {ratios[0]:.3f} in wall, {ratios[1]:.3f} in CPU time",
       flush=True,
     )
+
+
+def guard(options: argparse.Namespace) -> None:
+  """Print what a guardian costs a step, beside what two runs without differ by."""
+  from race import race
+
+  print("guard: steps of training that skips spikes, against two that look at none")
+  for name, keys, steps in (("small", SMALL, 20), ("large", SIZE, 1)):
+    made = {word: looped([*keys, *more], steps) for word, more in GUARDS.items()}
+    laps = race(made, options.rounds)
+    least = {word: min(its.wall) / steps * 1e3 for word, its in laps.items()}
+    cost = [laps["with"].over(laps["without"], kind) for kind in ("wall", "cpu")]
+    noise = [laps["again"].over(laps["without"], kind) for kind in ("wall", "cpu")]
+    print(
+      f"  {name}: {least['with']:.1f} against {least['without']:.1f} ms, {cost[0]:.4f} in wall,"
+      f" {cost[1]:.4f} in CPU time; without again {noise[0]:.4f} and {noise[1]:.4f}",
+      flush=True,
+    )
+
+
+def looped(keys: Sequence[str], steps: int) -> Callable[[], object]:
+  """A function that trains so many steps, as a run does between two checkpoints."""
+  import jax
+
+  from maxtext import config, program
+  from maxtext.training.incidents import Incidents
+  from maxtext.training.loop import loop
+
+  loaded = config.load([*keys, f"per_device_batch_size={ROWS}"], {})
+  built = program.build(loaded, jax.devices()[:1])
+  shapes = built.batch(ROWS)
+  compiled = built.step.lower(built.state, shapes).compile()
+  host = {
+    name: _column(name, shape.shape, loaded.architecture.vocab_size)
+    for name, shape in shapes.items()
+  }
+  place = lambda columns: {
+    name: jax.device_put(x, shapes[name].sharding) for name, x in columns.items()
+  }
+  folder = pathlib.Path(tempfile.gettempdir())
+  incidents = Incidents(folder, loaded.training, built.guard, built.state.params, {}, None, "facts")
+  carried, guarded = [built.init()], built.guard is not None
+
+  def lap() -> None:
+    batches = (host for _ in range(steps))
+    seen = incidents.seeing(batches, 0) if guarded else batches
+    heard = incidents.heard if guarded else lambda done: None
+    carried[0] = loop(compiled, carried[0], map(place, seen), range(steps), heard).state
+
+  return lap
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ DECIDERS = (
 )
 
 Problem = tuple[str, ...]
-Purpose = Literal["train", "decode", "launch"]  # to launch: to train, on another machine
+# to read: what training does, but nothing is written; to launch: to train, on another machine
+Purpose = Literal["train", "read", "decode", "launch"]
 
 
 def of_run(config: Config, purpose: Purpose, environ: Mapping[str, str]) -> Iterator[Problem]:

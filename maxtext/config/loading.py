@@ -62,7 +62,7 @@ def trace(
   """The named file, and per key every place that sets it, in ascending precedence."""
   name, settings = arguments.split(argv, complain)
   history: dict[str, tuple[Setting, ...]] = {}
-  for setting in sources.gather(name, settings, environ, complain, purpose == "train", model):
+  for setting in sources.gather(name, settings, environ, complain, purpose in ("train", "read"), model):
     history[setting.key] = (*history.get(setting.key, ()), setting)
   return name, history
 
@@ -193,7 +193,7 @@ def _of_devices(
     yield Complaint(ENVIRONMENT, error.where, error.problem)
     return
   devices = config.run.known_devices(environ)
-  if devices is not None and purpose == "train":
+  if devices is not None and purpose in ("train", "read"):
     whole = devices * (place.count if place else 1)
     yield from checks.settle(config, on_devices(config, whole), failed)
 

@@ -40,7 +40,8 @@ def of_places(config: Config, purpose: Purpose) -> Iterator[Problem]:
     if "$" in (text := config.values[key]):
       yield key, f"{shown(text)}: nothing is filled in for $; write the path itself, ~ is your home"
     if "://" in text:
-      yield key, f"{shown(text)}: object storage is not there yet; name a path of a file system"
+      way = "object storage is used through a mount, such as Cloud Storage FUSE"
+      yield key, f"{shown(text)}: {way}; name a path of a file system"
     elif os.path.expanduser(text).startswith("~"):
       yield key, f"{shown(text)}: there is no such user; write the path itself, ~ is your home"
   if purpose == "launch":  # where it is to run there are others
@@ -59,6 +60,8 @@ def of_places(config: Config, purpose: Purpose) -> Iterator[Problem]:
       problem = "is a folder; name a file" if path.is_dir() else _blocked(path.parent, "a file")
       if problem:
         yield "metrics_file", f"{shown(text)}: {problem}"
+    yield from _started_from(config)
+  if purpose in ("train", "read"):
     yield from _read(config)
   elif (text := config.decode.prompts_file) and not os.path.isfile(os.path.expanduser(text)):
     yield "prompts_file", f"{shown(text)}: no such file; name a text file with one prompt a line"
@@ -83,7 +86,7 @@ def _blocked(folder: Path, wanted: str, must_be_written: bool = True) -> str:
 
 def _read(config: Config) -> Iterator[Problem]:
   """Files that training will read and that are plainly absent."""
-  data, checkpoint = config.data, config.checkpoint
+  data = config.data
   if data.dataset_type == "text" and (path := data.dataset_path) and not _is_there(path):
     offer = "name a file, folder or glob, or leave it empty for the embedded corpus"
     yield "dataset_path", f"{shown(path)}: no such file or folder; {offer}"
@@ -94,6 +97,11 @@ def _read(config: Config) -> Iterator[Problem]:
       if "://" not in path and not _is_there(path):
         offer = _near(path) or "; name a file, a folder or a quoted glob"
         yield key, f"{shown(path)}: no such file{offer}"
+
+
+def _started_from(config: Config) -> Iterator[Problem]:
+  """Checkpoints that training begins from and that are plainly absent."""
+  checkpoint = config.checkpoint
   own = os.path.join(config.run.base_output_directory, config.run.run_name)
   named = {key: path for key in LOADED if (path := getattr(checkpoint, key))}
   for key, path in named.items():

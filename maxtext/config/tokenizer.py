@@ -25,7 +25,7 @@ def unopened(config: Config, purpose: Purpose) -> Iterator[Problem]:
     yield from _package("tokenizer_type", PACKAGES.get(data.tokenizer_type), data.tokenizer_type)
   if purpose != "launch" and config.decode.use_chat_template:
     yield from _package("use_chat_template", "jinja2", "use_chat_template")
-  if purpose == "train" and data.tokenizer_path and data.tokenizer_type != "byte":
+  if purpose in ("train", "read") and data.tokenizer_path and data.tokenizer_type != "byte":
     yield from _file(data.tokenizer_path, data.tokenizer_type)
   if not data.tokenizer_path and data.tokenizer_type not in FILES:
     bpe = data.tokenizer_type == "bpe"

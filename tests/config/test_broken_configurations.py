@@ -141,7 +141,7 @@ COMMAND_LINES = [
   ("dtype=fp32", "dtype: 'fp32' is not known", "(float32, bfloat16)"),
   ("opt_type=adam", "opt_type: 'adam' is not known, did you mean 'adamw'? (adamw, sgd)"),
   ("lr_schedule_type=cosin", "did you mean 'cosine'?"),
-  ("base_output_directory=gs://bucket/runs", "object storage is not there yet; name a path"),
+  ("base_output_directory=gs://bucket/runs", "a mount, such as Cloud Storage FUSE; name a path"),
   ("jax_cache_dir=~nosuchuser/x", "jax_cache_dir: '~nosuchuser/x': there is no such"),
   ("record_internal_nn_metrics=true enable_tensorboard=false", "only with enable_tensorboard=true"),
   ("num_vocab_tiling=5", "num_vocab_tiling: 5 tiles do not cut 256 tokens evenly; use 4, or 0"),
@@ -825,6 +825,15 @@ def test_a_run_may_have_a_folder_of_its_own_in_one_that_cannot_be_written(
   (folder / "locked" / "mine").mkdir(parents=True)
   monkeypatch.setattr(os, "access", lambda path, mode: path.name != "locked")
   assert loaded("base_output_directory=locked", "run_name=mine").run.run_name == "mine"
+
+
+def test_a_run_in_a_folder_that_cannot_be_written_may_be_read(loaded, folder, monkeypatch):
+  (folder / "locked" / "mine").mkdir(parents=True)
+  monkeypatch.setattr(os, "access", lambda path, mode: False)
+  typed = ("base_output_directory=locked", "run_name=mine", "metrics_file=locked/x")
+  assert loaded(*typed, "load_parameters_path=gone", purpose="read").run.run_name == "mine"
+  with pytest.raises(ConfigError, match="dataset_path: 'gone': no such file"):
+    loaded(*typed, "dataset_path=gone", purpose="read")
 
 
 def test_a_chain_of_files_without_end_is_refused_in_a_line(refused):
