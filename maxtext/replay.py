@@ -23,6 +23,8 @@ whether every loss and gradient norm on the way is the recorded one, bit by bit,
 gradients are the largest. Ends with 0 where they are, with 1 where they are not.
 """
 SHOWN = 10  # norms
+RECENT = ("step", "loss", "raw_grad_norm")  # of the steps before it
+PAST = ("checkpoint", "passed", "count")  # of the run before it: how it had gone back
 
 
 def main(argv: list[str]) -> int:
@@ -45,10 +47,20 @@ def _read(path: Path) -> dict[str, Any]:
   """An incident. Raises ConfigError for what is none."""
   try:
     incident = json.loads(path.read_text())
-    return incident | {"batch": dict(incident["batch"]), "recent": dict(incident["recent"])}
+    batch, recent = incident["batch"], incident["recent"]
+    places = [incident["step"], batch["number"], *(batch[name] for name in PAST)]
+    lists = [recent[name] for name in RECENT]
+    if (
+      not all(type(place) is int for place in places)
+      or batch["number"] != incident["step"] + batch["passed"]
+      or not all(type(numbers) is list and len(numbers) == len(lists[0]) for numbers in lists)
+      or not isinstance(batch["sha256"], str)
+    ):
+      raise ValueError
+    return incident
   except OSError as error:
     raise ConfigError("command line", f"{path}: {error.strerror}; name an incident") from None
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, RecursionError):
     raise ConfigError("command line", f"{path} is not an incident of a run; name one") from None
 
 
@@ -69,7 +81,9 @@ def replay(config: Config, folder: Path, incident: dict[str, Any]) -> tuple[list
   state, last = run.begin(begun, resumed=False), incident["step"]
   first = int(state.step)
   columns = run.placed(run.incidents.seeing(run.batches, first), run.rows)
-  recorded = {step: numbers for step, *numbers in zip(*incident["recent"].values())}
+  recorded = {
+    step: numbers for step, *numbers in zip(*(incident["recent"][name] for name in RECENT))
+  }
   lines, wrong = [f"step {last} of {folder}, from the state after {first} steps"], []
   for step in range(first, last + 1):
     for _ in range(passed.passed if step == passed.checkpoint else 0):

@@ -47,7 +47,8 @@ class Local(Checkpoints):
     self._shared, self._seals = shared, True
     self._layout = layout(like)
     self._mark = shared.directory / MARK
-    self._owner = hosts.first(lambda: self._mark.read_text() if self._mark.is_file() else "")
+    known = lambda: self._mark.read_text(errors="replace") if self._mark.is_file() else ""
+    self._owner = hosts.first(known)
     self._lock: Any = None
 
   _decide = staticmethod(lambda decide: decide())  # each for its own part

@@ -69,7 +69,7 @@ def read(folder: Path) -> Manifest:
     if body["format"] != FORMAT and raw == _seal(body):
       raise Damage(f"is of format {body['format']}, this version reads format {FORMAT}")
     manifest = _parse(body)
-  except (ValueError, KeyError, TypeError, AttributeError):
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     raise Damage(f"is damaged: {NAME} is not as it was written") from None
   if raw != _render(manifest):
     raise Damage(f"is damaged: {NAME} is not as it was written")

@@ -62,7 +62,8 @@ def trace(
   """The named file, and per key every place that sets it, in ascending precedence."""
   name, settings = arguments.split(argv, complain)
   history: dict[str, tuple[Setting, ...]] = {}
-  for setting in sources.gather(name, settings, environ, complain, purpose in ("train", "read"), model):
+  loads = purpose in ("train", "read")
+  for setting in sources.gather(name, settings, environ, complain, loads, model):
     history[setting.key] = (*history.get(setting.key, ()), setting)
   return name, history
 

@@ -164,10 +164,14 @@ class Incidents:
 
   def _read(self) -> Past:
     path = self.folder / RECORD
-    text = hosts.first(lambda: path.read_text() if path.is_file() else "{}")
+    read = lambda: path.read_text(errors="replace") if path.is_file() else "{}"
+    text = hosts.first(read)
     try:
-      return Past(**json.loads(text))
-    except (ValueError, TypeError):
+      past = Past(**json.loads(text))
+      if not all(type(number) is int for number in dataclasses.astuple(past)):
+        raise ValueError
+      return past
+    except (ValueError, TypeError, RecursionError):
       problem = "is not what a run that goes back writes; restore it"
       raise CheckpointError(f"{path} {problem}") from None
 

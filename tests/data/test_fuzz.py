@@ -9,6 +9,7 @@ from maxtext.data.corpus import open_corpus
 from maxtext.errors import DataError
 from tests.data import shards
 from tests.data.shards import KINDS, batches, documents, streamed, texts, write
+from tests.mutation import mutated
 
 FORMS = [kind for kind in KINDS if kind != "text"]
 
@@ -19,31 +20,6 @@ def whole(kind, folder):
   write(folder / kind, kind, [texts(12)])
   (path,) = (folder / kind).iterdir()
   return path.name, path.read_bytes()
-
-
-def mutated(content, random):
-  """Bits flipped, bytes deleted, repeated, set or cut off, up to three times."""
-  content = bytearray(content)
-  used = np.flatnonzero(np.frombuffer(content, np.uint8))  # most of an ArrayRecord file is padding
-  for _ in range(random.integers(1, 4)):
-    at = min(int(random.choice(used)), len(content) - 1)
-    size = int(random.choice([1, 4, 50]))
-    how = random.integers(6)
-    if how == 0:
-      content[at] ^= 1 << random.integers(8)
-    elif how == 1:
-      content[at : at + size] = random.bytes(size)
-    elif how == 2:
-      del content[at : at + size]
-    elif how == 3:
-      content[at:at] = content[at : at + size]
-    elif how == 4:
-      content[at : at + 4] = int(random.choice([0, 2**31 - 1, 2**32 - 1])).to_bytes(4, "little")
-    else:
-      del content[at + 1 :]
-    if not content:
-      break
-  return bytes(content)
 
 
 def read(folder, kind, seed):
