@@ -2,7 +2,8 @@
 
 Ten clean runs raise no alarm. Runs whose loss is spoilt by one batch in thirty skip or pass those,
 and end within the noise of the clean ones; killed at random moments, one that goes back ends with
-the same bits; every incident is replayed. Runs that stand still say where, end with 75 and go on.
+the same bits; every incident is replayed. A shard of noise is skipped. Runs that stand still say
+where, end with 75 and go on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import string
 import sys
 import tempfile
 import time
@@ -17,9 +19,11 @@ from pathlib import Path
 
 from end_to_end.forks import Forked
 from end_to_end.runs import Process, Run, check, report
+from maxtext.data import plays
 
 FAULTS = Path(__file__).with_name("faults.py")
 STEPS, CLEAN, KILLS = 240, 10, 4
+SHARDS, PART = 16, 20_000  # of text, and the letters in each
 KEYS = (
   f"steps={STEPS}",
   f"eval_interval={STEPS}",
@@ -95,6 +99,32 @@ def killed(run: Run, whole: Run) -> None:
   print(f"  {KILLS} kills of a run that goes back changed no bit", flush=True)
 
 
+def poisoned(parent: Path, losses: list[float]) -> None:
+  """A shard of noise among the plays, read in order: passed over, at no cost to the loss."""
+  text = "".join(scene.text for scene in plays.read()[:200])
+  parts = [text[at : at + PART] for at in range(0, SHARDS * PART, PART)]
+  chance, found = random.Random(0), []
+  for name, bad in (("pure", None), ("poisoned", SHARDS // 2)):
+    folder = parent / f"{name}-shards"
+    folder.mkdir()
+    for number, part in enumerate(parts):
+      if number == bad:
+        part = "".join(chance.choices(string.printable, k=PART // 4))
+      lines = (json.dumps({"text": part[at : at + 500]}) for at in range(0, len(part), 500))
+      (folder / f"{number:02d}.jsonl").write_text("\n".join(lines) + "\n")
+    held = parent / "pure-shards" / f"{SHARDS - 1:02d}.jsonl"
+    files = (f"grain_train_files={folder}/*.jsonl", f"grain_eval_files={held}")
+    keys = (*KEYS, *SKIP, *files, "dataset_type=grain", "enable_data_shuffling=false")
+    run = Run(parent, name, (*keys, "enable_checkpointing=false"))
+    Forked(run).ends(0)
+    found.append(eval_loss(run))
+    verdicts = [json.loads(path.read_text())["verdict"] for path in incidents(run)]
+    check(set(verdicts) == ({"skipped"} if bad else set()), f"{name}: {verdicts}")
+  off, noise = found[1] - found[0], max(losses) - min(losses)
+  print(f"  a poisoned shard: {len(verdicts)} skipped, eval loss {off:+.4f}, noise {noise:.4f}")
+  check(off < noise, "a poisoned shard leaves a worse loss than clean ones")
+
+
 def stalled(parent: Path, fault: str, words: str) -> None:
   """A run that stands still is ended within the limit, with the words for where it does."""
   keys = (*SHORT, "watchdog_timeout_seconds=4", "watchdog_restart=true")
@@ -125,6 +155,7 @@ def main() -> None:
     whole = broken(parent, "back", "nan", *BACK)
     recovered(whole, losses, "rolled back")
     killed(broken(parent, "back-killed", "nan", *BACK), whole)
+    poisoned(parent, losses)
     replayed(skips, 2)
     replayed(whole, 2)
 
