@@ -12,29 +12,49 @@ log = logging.getLogger("maxtext")
 
 
 class _Lines(logging.Handler):
-  """Writes each record as one line to what is standard output now, or to the sink of `above`."""
+  """Writes each record as one line to what is standard output now, or to the sink of `above`.
+
+  One that comes while another is being written, from a handler of signals, is written after it.
+  """
 
   def __init__(self) -> None:
     super().__init__()
     self.sink: Callable[[str], None] | None = None
     self.broken = False
+    self._waiting: list[str] = []
+    self._writing = False
 
   def emit(self, record: logging.LogRecord) -> None:
     if self.broken:
       return
+    self._waiting.append(self.format(record))
+    if self._writing:
+      return
+    self._writing = True
     try:
-      line = self.format(record)
-      if self.sink is not None:
-        self.sink(line)
-      else:
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
+      while self._waiting:
+        line = self._waiting.pop(0)
+        self._write(line)
     except OSError as error:  # no reader any more (`| head`), no space: neither ends a training
       self.broken = True
       with contextlib.suppress(OSError):
         print(f"standard output: {error.strerror}; the run goes on in silence", file=sys.stderr)
+    except RuntimeError as error:  # a signal has interrupted others that write there
+      if "reentrant" in str(error):
+        self._waiting.insert(0, line)
+      else:
+        self.handleError(record)
     except Exception:
       self.handleError(record)
+    finally:
+      self._writing = False
+
+  def _write(self, line: str) -> None:
+    if self.sink is not None:
+      self.sink(line)
+    else:
+      sys.stdout.write(line + "\n")
+      sys.stdout.flush()
 
 
 _lines = _Lines()

@@ -46,3 +46,40 @@ def test_a_reader_that_went_away_does_not_stop_the_run(capsys, monkeypatch):
     logs.log.info("two")
   assert capsys.readouterr().err == "standard output: Broken pipe; the run goes on in silence\n"
   logs.start()
+
+
+class Interrupted:
+  """A stream that a signal interrupts while it writes: what handles it logs, too."""
+
+  def __init__(self, stream) -> None:
+    self.stream, self.busy, self.interrupt = stream, False, lambda: None
+
+  def write(self, text: str) -> None:
+    if self.busy:
+      raise RuntimeError("reentrant call inside <_io.BufferedWriter name=1>")
+    self.busy, interrupt, self.interrupt = True, self.interrupt, lambda: None
+    interrupt()
+    self.stream.write(text)
+    self.busy = False
+
+  def flush(self) -> None:
+    self.stream.flush()
+
+
+def test_a_line_of_a_handler_of_signals_comes_after_the_one_that_it_interrupts(capsys, monkeypatch):
+  logs.start()
+  with monkeypatch.context() as patch:
+    patch.setattr(sys, "stdout", stream := Interrupted(sys.stdout))
+    stream.interrupt = lambda: logs.log.info("SIGTERM: stopping")
+    logs.log.info("step 1")
+  assert capsys.readouterr() == ("step 1\nSIGTERM: stopping\n", "")
+
+
+def test_a_line_that_interrupts_others_that_write_is_kept_for_the_next(capsys, monkeypatch):
+  logs.start()
+  with monkeypatch.context() as patch:
+    patch.setattr(sys, "stdout", stream := Interrupted(sys.stdout))
+    stream.interrupt = lambda: logs.log.info("SIGTERM: stopping")
+    stream.write("a table\n")
+    logs.log.info("step 1")
+  assert capsys.readouterr() == ("a table\nSIGTERM: stopping\nstep 1\n", "")
