@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from maxtext import sharding
 
-IN_RINGS = ("tpu",)  # platforms on which a sum over all devices is split in two steps
+TPU = ("tpu",)  # platforms whose compiler is asked as the TPU's has to be
 
 
 def gather(w: jax.Array, axes: sharding.Axes) -> jax.Array:
@@ -233,9 +233,13 @@ def _own(rows: jax.Array, height: int, names: tuple[str, ...]) -> jax.Array:
 def join(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
   """All shares of x over these mesh axes, side by side along a dimension.
 
-  What is sent are whole blocks: along any dimension but the first, XLA would transpose every
-  element before and after.
+  Off TPU what is sent are whole blocks: along any dimension but the first, XLA would transpose
+  every element before and after. The TPU's compiler gathers along any.
   """
+  if sharding.platform() in TPU:
+    for axes, rings in reversed(_steps(names, "gather")):
+      x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True, axis_index_groups=rings)
+    return x
   blocks = jnp.moveaxis(jax.lax.all_gather(x, names), 0, dimension)
   size = blocks.shape[dimension] * x.shape[dimension]
   return blocks.reshape(*x.shape[:dimension], size, *x.shape[dimension + 1 :])
@@ -243,26 +247,59 @@ def join(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
 
 def add_and_split(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
   """Each device's share, along a dimension, of the sum of x over these mesh axes; as `join`
-  sends.
-
-  Of a sum over all chips at once the TPU's compiler makes the whole on each of them, which sends
-  twice as much: there it goes in two steps, over rings of some and then of others.
+  sends, but for what the TPU's compiler would add up whole on every device: along a dimension
+  among the last two of an array it does, and of blocks where they have to be moved far.
   """
+  steps = _steps(names, "add")
+  if sharding.platform() in TPU and x.ndim > 2 and dimension > 0:
+    for axes, rings in steps:
+      x = jax.lax.psum_scatter(
+        x, axes, scatter_dimension=dimension, tiled=True, axis_index_groups=rings
+      )
+    return x
   ways = jax.lax.axis_size(names)
   size = x.shape[dimension] // ways
   blocks = x.reshape(*x.shape[:dimension], ways, size, *x.shape[dimension + 1 :])
   blocks = jnp.moveaxis(blocks, dimension, 0)
-  layout = sharding.active()
-  if layout is None or ways < layout.mesh.size or sharding.platform() not in IN_RINGS:
-    return jax.lax.psum_scatter(blocks, names)
+  for axes, rings in steps:
+    among = len(rings[0]) if rings else jax.lax.axis_size(axes)
+    blocks = blocks.reshape(among, -1, *blocks.shape[1:])
+    blocks = jax.lax.psum_scatter(blocks, axes, axis_index_groups=rings)
+  return blocks[0]
+
+
+def _steps(
+  names: tuple[str, ...], purpose: Literal["add", "gather"]
+) -> list[tuple[tuple[str, ...], list[list[int]] | None]]:
+  """The mesh axes, and groups of devices along them, among which to add up and split one after the
+  other; or to gather, in the other order.
+
+  Of a sum over all chips of a slice the TPU's compiler makes the whole on each of them before it
+  splits it, and on a torus of three dimensions it gathers by such a sum too: that sends twice as
+  much, and nothing is computed meanwhile. There it goes in two steps, the one that sends more over
+  planes of the torus, the other over lines.
+  """
+  layout, ways = sharding.active(), jax.lax.axis_size(names)
+  if layout is None or sharding.platform() not in TPU:
+    return [(names, None)]
+  chips, line, dimensions = torus(layout.mesh)
+  if ways != chips or (purpose == "gather" and dimensions < 3):
+    return [(names, None)]
   if len(names) > 1:
-    for name in names:
-      blocks = blocks.reshape(jax.lax.axis_size(name), -1, *blocks.shape[1:])
-      blocks = jax.lax.psum_scatter(blocks, name)
-    return blocks[0]
-  outer = next(n for n in range(math.isqrt(ways), 0, -1) if ways % n == 0)
-  at = np.arange(ways).reshape(outer, -1)
-  blocks = blocks.reshape(*at.shape, *blocks.shape[1:])
-  for rings in (at.T, at):
-    blocks = jax.lax.psum_scatter(blocks, names, axis_index_groups=rings.tolist())
-  return blocks
+    return [((name,), None) for name in names]
+  if ways == line or ways % line:
+    return [(names, None)]
+  at = np.arange(ways).reshape(-1, line)
+  return [(names, at.T.tolist()), (names, at.tolist())]
+
+
+@functools.cache
+def torus(mesh: Mesh) -> tuple[int, int, int]:
+  """Of a slice of TPUs: its chips, how many of them stand in a line one after the other as the
+  mesh counts, and the dimensions in which the slice extends.
+  """
+  devices, number = list(mesh.devices.flat), lambda device: getattr(device, "slice_index", 0)
+  devices = [device for device in devices if number(device) == number(devices[0])]
+  places = np.array([device.coords for device in devices])
+  moved = np.maximum.accumulate(places != places[0], axis=0).sum(1)  # dimensions seen so far
+  return len(devices), int((moved < 2).sum()), int(moved[-1])

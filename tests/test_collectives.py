@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import jax
@@ -124,40 +125,76 @@ def test_weights_of_experts_stay_where_they_are_and_tokens_go_to_them(keys, bloc
   assert max(size for size, _ in collectives(text, "all-reduce")) <= 32  # scales of norms
 
 
+@pytest.mark.parametrize("dimension", [0, 1, 2])
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}], ids=str)
-def test_a_sum_over_all_devices_in_two_steps_is_that_in_one(sizes, monkeypatch):
+def test_over_all_devices_two_steps_do_what_one_does(sizes, dimension, monkeypatch):
   names = tuple(sizes)
-  grid = np.array(jax.devices()[:8]).reshape(*sizes.values())
-  layout = sharding.Layout(Mesh(grid, names), sharding.Rules({}))
-  x = jax.random.normal(jax.random.key(0), (8, 3, 16, 5))
-  add = lambda part: sent.add_and_split(part[0], names, 1)
-  run = sharding.within(layout, lambda x: sharding.by_device(add, P(names), P(None, names))(x))
-  monkeypatch.setattr(sent, "IN_RINGS", ("cpu",))
-  lowered = jax.jit(run).lower(x)
+  layout = sharding.Layout(
+    Mesh(np.array(jax.devices()[:8]).reshape(*sizes.values()), names), sharding.Rules({})
+  )
+  monkeypatch.setattr(sent, "TPU", ("cpu",))
+  monkeypatch.setattr(sent, "torus", lambda mesh: (8, 2, 3))
+  x = jax.random.normal(jax.random.key(0), (8, 8, 16, 24))
+  split = P(*[None] * dimension, names)
+  run = lambda function, *specs: jax.jit(
+    sharding.within(layout, lambda x: sharding.by_device(function, *specs)(x))
+  )
+  lowered = run(lambda part: sent.add_and_split(part[0], names, dimension), P(names), split)
+  lowered = lowered.lower(x)
   assert lowered.as_text().count("reduce_scatter") == 2
   np.testing.assert_allclose(lowered.compile()(x), x.sum(0), atol=1e-5)
+  whole = run(lambda part: sent.join(part, names, dimension)[None], split, P(names)).lower(x[0])
+  assert whole.as_text().count('"stablehlo.all_gather"') == 2
+  np.testing.assert_array_equal(whole.compile()(x[0]), np.stack([x[0]] * 8))
+
+
+def test_a_torus_is_seen_as_the_mesh_counts_its_chips():
+  chip = lambda index, slice, *coords: types.SimpleNamespace(slice_index=slice, coords=coords)
+  count = lambda *sizes: [chip(0, s, *at) for s in (0, 1) for at in np.ndindex(*sizes)]
+  mesh = lambda chips: types.SimpleNamespace(devices=np.array(chips))
+  torus = sent.torus.__wrapped__
+  assert torus(mesh(count(4, 4, 8))) == (128, 8, 3)
+  assert torus(mesh(count(16, 16, 1))) == (256, 16, 2)
+  assert torus(mesh(count(1, 1, 4))) == (4, 4, 1)
 
 
 FOR_A_TPU = """
-  import jax, re
-  from jax.experimental import topologies
+  import jax, re, sys
+  from jax.experimental import mesh_utils, topologies
   from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-  import numpy as np
   from maxtext import collectives, sharding
 
-  devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
-  layout = sharding.Layout(Mesh(np.array(devices), ("fsdp",)), sharding.Rules({}))
-  add = lambda part: collectives.add_and_split(part, ("fsdp",), 0)
-  run = sharding.within(layout, lambda x: sharding.by_device(add, P(), P("fsdp"))(x))
-  x = jax.ShapeDtypeStruct((512, 256), "float32", sharding=NamedSharding(layout.mesh, P()))
-  text = jax.jit(run).lower(x).compile().as_text()
-  print(*re.findall(r" (all-reduce|reduce-scatter)(?:-start)?\\(", text))
+  name, dimension, shape = sys.argv[1], int(sys.argv[2]), tuple(map(int, sys.argv[3:]))
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+  mesh = Mesh(mesh_utils.create_device_mesh((len(devices),), devices), ("fsdp",))
+  layout, split = sharding.Layout(mesh, sharding.Rules({})), P(*[None] * dimension, "fsdp")
+  for function, inputs, outputs in (
+    (lambda part: collectives.add_and_split(part, ("fsdp",), dimension), P(), split),
+    (lambda part: collectives.join(part, ("fsdp",), dimension), split, P()),
+  ):
+    run = sharding.within(layout, lambda x: sharding.by_device(function, inputs, outputs)(x))
+    x = jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, inputs))
+    text = jax.jit(run).lower(x).compile().as_text()
+    print(*re.findall(r" (all-reduce|reduce-scatter|all-gather)(?:-start)?\\(", text))
 """
 
 
-def test_a_sum_over_all_chips_compiles_for_a_tpu_into_no_whole_sum():
+@pytest.mark.parametrize(
+  ("slice", "dimension", "shape"),
+  [
+    ("v5e:4x4", 0, (512, 256)),
+    ("v5p:4x4x4", 0, (4096, 1024)),
+    ("v5p:4x4x4", 1, (4, 4096, 512)),
+    ("v5p:4x4x4", 2, (16, 128, 4096)),
+  ],
+  ids=str,
+)
+def test_over_all_chips_the_tpu_compiler_makes_no_whole_sum(slice, dimension, shape):
   pytest.importorskip("libtpu")
   environ = {**os.environ, **topology.ENVIRONMENT, "JAX_PLATFORMS": "cpu"}
-  command = [sys.executable, "-c", textwrap.dedent(FOR_A_TPU)]
+  words = map(str, (slice, dimension, *shape))
+  command = [sys.executable, "-c", textwrap.dedent(FOR_A_TPU), *words]
   done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
-  assert done.stdout.split() == ["reduce-scatter"] * 2, done.stderr[-2000:]
+  gathers = 2 if slice.startswith("v5p") else 1
+  expected = ["reduce-scatter"] * 2 + ["all-gather"] * gathers
+  assert done.stdout.split() == expected, done.stderr[-2000:]

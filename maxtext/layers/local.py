@@ -56,8 +56,9 @@ def _run(work: Work, tokens: Arrays, params: Arrays) -> Arrays:
     return work.function(tokens, params)
 
   def one(tokens: Arrays, params: Arrays) -> Arrays:
+    whole = place.joined(params)
     with sharding.use(None):
-      return place.added(work.function(tokens, place.joined(params)), work.outputs)
+      return place.added(work.function(tokens, whole), work.outputs)
 
   inputs = tuple(map(place.tokens, work.inputs))
   return sharding.by_device(one, (inputs, place.params), tuple(map(place.tokens, work.outputs)))(
