@@ -164,7 +164,14 @@ def _sent(name: str, program: _Program) -> Iterator[Collective]:
       program.chains.update(chain.groups() if chain else ())
       if kind == "all-reduce" and "all-reduce-scatter" in name:  # as TPUs have it, in a fusion
         kind, line = "reduce-scatter", dataclasses.replace(line, made=lines[-1].made)
-      if (one := _collective(kind, line, program.mesh)).axes:  # else each device is by itself
+      one = _collective(kind, line, program.mesh)
+      if kind == "ragged-all-to-all":  # one end is a buffer with room for more
+        ends = [own.made for own in lines if own.name == line.operands[0]]
+        whole = [
+          _collective(kind, dataclasses.replace(line, made=end), program.mesh) for end in ends
+        ]
+        one = min([one, *whole], key=lambda one: one.size)
+      if one.axes:  # else each device is by itself
         yield dataclasses.replace(one, beside=program.beside(lines, begin))
     elif line.op == "recv" and (across := re.search(r'megascale_transfer_type="(\w+)"', line.rest)):
       one = _collective(across[1].lower().replace("_", "-"), line, program.mesh, first=True)

@@ -37,10 +37,15 @@ def make_mesh(section: meshes.Mesh, devices: Sequence[jax.Device]) -> Mesh:
   ici, dcn = section.ici(len(devices)), section.dcn()
   ici_sizes, dcn_sizes = [ici[name] for name in names], [dcn[name] for name in names]
   options = {"allow_split_physical_axes": section.allow_split_physical_axes}
-  if math.prod(dcn_sizes) == 1:
-    grid = mesh_utils.create_device_mesh(ici_sizes, devices, **options)
-  elif len({getattr(device, "slice_index", 0) for device in devices}) > 1:
-    grid = mesh_utils.create_hybrid_device_mesh(ici_sizes, dcn_sizes, devices, **options)
+  several = len({getattr(device, "slice_index", 0) for device in devices}) > 1
+  if math.prod(dcn_sizes) == 1 or several:
+    try:
+      if math.prod(dcn_sizes) == 1:
+        grid = mesh_utils.create_device_mesh(ici_sizes, devices, **options)
+      else:
+        grid = mesh_utils.create_hybrid_device_mesh(ici_sizes, dcn_sizes, devices, **options)
+    except NotImplementedError:  # in lines about the algorithm's indices
+      raise _no_torus(ici, devices) from None
   else:  # virtual devices have no slices: lay them out as if each slice were a run of neighbours
     grid = np.asarray(devices).reshape(*dcn_sizes, *ici_sizes)
     order = [
@@ -49,6 +54,18 @@ def make_mesh(section: meshes.Mesh, devices: Sequence[jax.Device]) -> Mesh:
     grid = grid.transpose(order).reshape([d * i for d, i in zip(dcn_sizes, ici_sizes)])
   kind = AxisType.Explicit if section.shard_mode == "explicit" else AxisType.Auto
   return Mesh(grid, names, axis_types=(kind,) * len(names))
+
+
+def _no_torus(ici: Mapping[str, int], devices: Sequence[jax.Device]) -> ConfigError:
+  """That no choice of whole dimensions of a slice of chips gives axes of these sizes."""
+  across = zip(*(getattr(device, "coords", ()) for device in devices))
+  sides = " x ".join(str(len(set(places))) for places in across)
+  sizes = " x ".join(f"{name} {size}" for name, size in ici.items() if size > 1)
+  return ConfigError(
+    "allow_split_physical_axes",
+    f"a slice of {sides} chips has no whole dimensions for {sizes}: make each size a product of "
+    "some of its sides, or set this to true, and axes share links",
+  )
 
 
 @dataclasses.dataclass(frozen=True)

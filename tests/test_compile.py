@@ -241,6 +241,18 @@ def test_devices_that_there_are_none_of_are_refused(name, advice):
     compiling.load([*KEYS, f"compile_topology={name}"])
 
 
+def test_axes_that_no_whole_dimensions_of_a_slice_make_up_are_refused_in_one_line():
+  pytest.importorskip("libtpu")
+  sizes = "ici_fsdp_parallelism=32", "ici_tensor_parallelism=2"
+  keys = "dataset_type=synthetic", "compile_topology=v5p-128", *sizes
+  environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  command = [sys.executable, "-m", "maxtext.compile", *keys]
+  done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+  assert done.returncode == 2 and not done.stdout
+  words = "allow_split_physical_axes.*4 x 4 x 4 chips.*fsdp 32 x tensor 2: make.*set this to true"
+  assert re.search(words, done.stderr.splitlines()[-1]) and "NotImplemented" not in done.stderr
+
+
 def test_without_a_topology_there_is_nothing_to_compile_for():
   with pytest.raises(ConfigError, match="compile_topology"):
     compiling.load(KEYS)

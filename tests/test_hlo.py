@@ -467,3 +467,20 @@ ENTRY %main (x: f32[16]) -> f32[4] {
 def test_what_runs_among_a_few_devices_of_an_axis_sends_as_much_as_among_so_many():
   (one,) = hlo.collectives(IN_RINGS, {"fsdp": 8})
   assert (one.axes, one.ways, wire_bytes(one)) == (("fsdp",), 4, 16 * 3)
+
+
+RAGGED = """HloModule ragged
+
+ENTRY %main (x: bf16[8,4], room: bf16[32,4], n: s32[4]) -> bf16[8,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %room = bf16[32,4]{1,0} parameter(1)
+  %n = s32[4]{0} parameter(2)
+  %there = bf16[32,4]{1,0} ragged-all-to-all(%x, %room, %n), replica_groups={{0,1,2,3}}
+  ROOT %back = bf16[8,4]{1,0} ragged-all-to-all(%there, %x, %n), replica_groups={{0,1,2,3}}
+}
+"""
+
+
+def test_rows_that_go_into_a_buffer_with_room_for_the_worst_case_are_counted_without_the_room():
+  there, back = hlo.collectives(RAGGED, {"expert": 4})
+  assert there.size == back.size == 8 * 4 * 2 and there.axes == ("expert",)
