@@ -151,6 +151,18 @@ def test_a_delta_net_costs_the_same_for_every_token():
   assert short == long and short.attention == 2 * 3 * 4 * 16 * 24 * 4096 * 3
 
 
+def test_a_token_goes_through_the_three_products_of_each_expert_that_it_chose():
+  assert estimate.expert_flops(SPARSE, 64) == 2 * 64 * (2 * 2 * 3 * 512 * 1024)
+  fewer = dataclasses.replace(SPARSE.blocks[0].moe, active=1)
+  less = dataclasses.replace(
+    SPARSE, stages=(Stage((dataclasses.replace(SPARSE.blocks[0], moe=fewer),), 2),)
+  )
+  saved = (
+    estimate.forward_flops(SPARSE, 64, 64).weights - estimate.forward_flops(less, 64, 64).weights
+  )
+  assert saved == estimate.expert_flops(less, 64) and estimate.expert_flops(LLAMA, 64) == 0
+
+
 def test_each_block_of_multi_token_prediction_costs_a_block_a_projection_and_an_unembedding():
   block = LLAMA.blocks[-1]
   more = estimate.forward_flops(dataclasses.replace(LLAMA, mtp=MtpSpec(2, block)), 64, 64)

@@ -252,6 +252,7 @@ def _work(built: Program, walked: Profile) -> dict[str, float]:
   return {
     "flops": flops.total / mesh.size,
     "attention_flops": flops.attention / mesh.size,
+    "expert_flops": 3 * estimate.expert_flops(built.spec, rows * length) / mesh.size,
     "flops_again": again / mesh.size,
     "bytes": walked.traffic,
     "kernels": walked.kernels,

@@ -45,7 +45,10 @@ def time_of(
   chip, clock = CHIPS[kind], KINDS[kind].clock
   # on the way back a kernel computes the scores again: 3.5 products for each of the forward ones
   again = work["flops_again"] > 0
-  kernels = work["attention_flops"] * (3.5 + again) / 3 / chip.flops if walked.kernels else 0.0
+  in_kernels = work["attention_flops"] * (3.5 + again) / 3
+  if config.experts.sparse_matmul and config.experts.megablox:
+    in_kernels += work["expert_flops"] * (3 + again) / 3
+  kernels = in_kernels / chip.flops if walked.kernels else 0.0
   network = Network(chip, mesh.shape, config.mesh.dcn())
   exposed = sum(one.times * _waited(one, network, clock) for one in sent)
   total = walked.cycles / clock + kernels + exposed
@@ -73,9 +76,9 @@ def _waited(one: hlo.Collective, network: Network, clock: float) -> float:
 def _blind(built: Program, walked: Profile) -> list[str]:
   found = ["links and memory are taken at their published speed, and hosts as never late"]
   if walked.kernels:
-    what = f"{walked.kernels} calls of hand-written kernels have no cycles"
-    found.insert(0, f"{what}: attention is taken at the chip's peak")
     experts = built.config.experts
-    if built.spec.mixtures and experts.sparse_matmul and experts.megablox:
-      found.insert(1, "those that multiply experts are left out")
+    routed = built.spec.mixtures and experts.sparse_matmul and experts.megablox
+    what = "attention and experts are" if routed else "attention is"
+    calls = f"{walked.kernels} calls of hand-written kernels have no cycles"
+    found.insert(0, f"{calls}: {what} taken at the chip's peak")
   return found

@@ -12,6 +12,7 @@ import jax
 from maxtext.estimate.chips import peak_flops
 from maxtext.estimate.flops import (
   Flops,
+  expert_flops,
   forward_flops,
   matmul_parameters,
   parameter_count,
@@ -31,6 +32,7 @@ __all__ = [
   "bytes_per_device",
   "compiled_bytes",
   "computed_again",
+  "expert_flops",
   "forward_flops",
   "matmul_parameters",
   "model_of",

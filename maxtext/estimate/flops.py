@@ -82,6 +82,12 @@ def matmul_parameters(spec: DecoderSpec) -> int:
   return blocks + joint + (1 + further) * spec.width * spec.vocab
 
 
+def expert_flops(spec: DecoderSpec, tokens: int) -> float:
+  """Those of the experts in one forward pass: a part of what `forward_flops` says of weights."""
+  routed = [block.moe for block in (*spec.blocks, *_further(spec)) if block.moe is not None]
+  return 2.0 * tokens * sum(moe.active * _wide(moe.expert, spec.width) for moe in routed)
+
+
 def parameter_count(spec: DecoderSpec) -> int:
   """All parameters of the decoder, each once."""
   tables = spec.vocab * (1 if spec.tied else 2) + spec.positions
