@@ -134,7 +134,7 @@ class Program:
       with sharding.use(self.layout):
         return train(state, batch)
 
-    options = self.config.compile.options()
+    options = self.config.compile.options(self.layout.mesh.devices.flat[0].device_kind)
     return jax.jit(
       placed, donate_argnums=0, out_shardings=(self.shardings, None), compiler_options=options
     )

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import shlex
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from maxtext.bounds import Count
@@ -18,18 +18,27 @@ KEY = "compile_topology"
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """Chips of one generation: what JAX calls one, the most of a host, and cycles per second."""
+  """Chips of one generation: what JAX calls one, the most of a host, cycles per second, and the
+  options of the compiler that a training step has where `compile_xla_flags` says nothing else.
+  """
 
   named: str
   host: tuple[int, ...]
   clock: float
+  options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+
+# Weights are gathered while something is computed: both together (docs/compiling.md has figures).
+GATHER_BESIDE = {
+  "xla_enable_async_all_gather": "true",
+  "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+}
 
 # Clocks are those with which the matrix units make the published peaks of estimate/chips.py.
 KINDS = {
   "v4": Kind("TPU v4", (2, 2, 1), 1.05e9),
   "v5e": Kind("TPU v5 lite", (2, 2, 1), 1.5e9),
-  "v5p": Kind("TPU v5", (2, 2, 1), 1.75e9),
+  "v5p": Kind("TPU v5", (2, 2, 1), 1.75e9, GATHER_BESIDE),
   "v6e": Kind("TPU v6 lite", (2, 2, 1), 1.75e9),
   "tpu7x": Kind("TPU7x", (2, 2, 1), 2.2e9),
   "h100": Kind("NVIDIA H100 80GB HBM3", (8,), 1.98e9),
@@ -80,9 +89,10 @@ class Compile:
     except ConfigError as error:
       yield error.where, error.problem
 
-  def options(self) -> dict[str, str]:
-    """The compiler's options by name, from `--name=value ...`."""
-    found = {}
+  def options(self, device_kind: str = "") -> dict[str, str]:
+    """The compiler's options by name: those of such devices, and above them `--name=value ...`."""
+    kind = kind_named(device_kind)
+    found = dict(KINDS[kind].options) if kind else {}
     for word in shlex.split(self.compile_xla_flags):
       if not (flag := re.fullmatch(r"--(xla\w+)=(.+)", word)):
         raise ConfigError("compile_xla_flags", f"{word[:60]!r} is no --xla_NAME=VALUE; write it so")

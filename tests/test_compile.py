@@ -16,7 +16,7 @@ import pytest
 
 from maxtext import compile as compiling
 from maxtext import config, hlo, program, topology
-from maxtext.compiled import executable, noting, plot, report, reported, schedule, words
+from maxtext.compiled import executable, noting, origins, plot, report, reported, schedule, words
 from maxtext.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -97,11 +97,14 @@ def test_a_step_is_compiled_for_a_tpu_with_its_kernels_and_cycles_or_found_too_l
     return json.loads(path.read_text()), done.stdout
 
   wide = "base_emb_dim=256 head_dim=64 vocab_size=1024 remat_policy=full".split()
-  made, _ = compiled("v5e-4", *wide, "ici_fsdp_parallelism=2", "ici_tensor_parallelism=2")
-  assert made["run"]["device_kind"] == "TPU v5 lite"
+  made, _ = compiled("v5p-8", *wide, "ici_fsdp_parallelism=2", "ici_tensor_parallelism=2")
+  assert made["run"]["device_kind"] == "TPU v5"
   assert made["work"]["kernels"] == 4 * 4  # in each layer one each way, again, and one for keys
   assert made["time"]["mfu"] < 1 and made["time"]["cycles"] > 0
-  assert {"all-reduce", "all-gather", "reduce-scatter"} <= {one["kind"] for one in made["sent"]}
+  sent = {(one["kind"], *one["axes"]): one for one in made["sent"]}
+  assert {("all-reduce", "tensor"), ("reduce-scatter", "fsdp")} <= set(sent)
+  weights = sent["all-gather", "fsdp"]
+  assert weights["beside"] > 0.4 * weights["size"]  # by the chip's options; none without them
   large = "model_name=llama3.1-8b", "per_device_batch_size=8", "remat_policy=none"
   made, printed = compiled("v5e-64", *large, code=1)
   assert not made["fits"] and made["memory"]["peak"] > made["memory"]["chip"]
@@ -148,6 +151,21 @@ def test_the_largest_arrays_are_named_by_line_and_axes(seen):
     "activation_batch activation_norm_length activation_embed"
   }
   assert any(one["axes"] == "layers embed mlp" for one in made) or stream
+
+
+def test_an_array_has_the_axes_of_the_parameters_of_its_shape_if_they_are_the_same():
+  def named(width: str) -> origins.Origins:
+    keys = [key for key in KEYS if not key.startswith("base_mlp_dim")]
+    built = program.build(config.load([*keys, width], {}), jax.devices())
+    return origins.Origins("", built.layout, built.plan.declared)
+
+  like = named("base_mlp_dim=80")
+  line = hlo.Line("gradient", "", "fusion", "")
+  assert like.axes(line, (3, 8, 40)) == "layers embed mlp"  # a device's part: fsdp 4 x tensor 2
+  assert like.axes(line, (1, 32, 80)) == "embed mlp"  # gathered, of one layer
+  assert like.axes(line, (32,)) == like.axes(line, (3, 5, 7)) == ""
+  like = named("base_mlp_dim=32")
+  assert like.axes(line, (32, 32)) == ""  # mlp embed, embed mlp, or of attention
 
 
 @pytest.mark.parametrize(
@@ -292,6 +310,16 @@ def test_a_compiled_step_is_loaded_for_what_it_was_compiled_for_and_nothing_else
   (tmp_path / "step").write_text("nothing")
   with pytest.raises(ConfigError, match="is no compiled step"):
     executable.load(path, built, lowered)
+
+
+def test_a_step_has_the_options_of_its_chips_and_the_runs_own_above_them():
+  flag = "xla_tpu_enable_async_collective_fusion_fuse_all_gather"
+  options = lambda *keys: config.load([*KEYS, *keys], {}).compile.options
+  assert options()("TPU v5") == topology.GATHER_BESIDE and flag in topology.GATHER_BESIDE
+  assert options()("cpu") == {}
+  own = options(f"compile_xla_flags=--{flag}=false --xla_more=2")
+  assert own("TPU v5") == {**topology.GATHER_BESIDE, flag: "false", "xla_more": "2"}
+  assert own("cpu") == {flag: "false", "xla_more": "2"}
 
 
 def test_training_on_other_devices_than_those_named_is_refused():

@@ -66,6 +66,7 @@ def facts(built: Program, lowered: Any) -> dict[str, str]:
   mesh = built.layout.mesh
   first = mesh.devices.flat[0]
   versions = {n: _version(n) for n in PACKAGES if n != "libtpu" or first.platform == "tpu"}
+  options = built.config.compile.options(first.device_kind)
   sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
   return {
     "version of maxtext": __version__,
@@ -73,7 +74,7 @@ def facts(built: Program, lowered: Any) -> dict[str, str]:
     "kind of devices": first.device_kind,
     "number of devices": str(mesh.size),
     "mesh": sizes,
-    "compile_xla_flags": built.config.compile.compile_xla_flags,
+    "compile_xla_flags": " ".join(f"--{name}={value}" for name, value in options.items()),
     "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
   }
 

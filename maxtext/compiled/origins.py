@@ -44,6 +44,7 @@ class Origins:
   def __init__(self, text: str, layout: Layout, declared: Mapping[str, Declared]):
     self.noted = layout.noted if isinstance(layout, Noting) else {}
     self.declared = declared
+    self._like = _parameters(declared, layout)
     self._files = dict(re.findall(r'^(\d+) "(.*)"$', _table(text, "FileNames"), re.MULTILINE))
     places = r"^(\d+) \{file_name_id=(\d+) .*?line=(\d+)"
     found = re.findall(places, _table(text, "FileLocations"), re.MULTILINE)
@@ -77,12 +78,26 @@ class Origins:
     for dropped in range(max(len(shape) - 1, 1)):  # loops stack what they keep
       if axes := self.noted.get(_squeezed(shape[dropped:])):
         return " ".join([*["layers"] * (dropped > 0), *(axis or "-" for axis in axes)])
-    return ""
+    return self._like.get(_squeezed(shape), "")  # a gradient, an update, what was gathered
 
   def parameter(self, line: Line) -> str:
     """The name of the parameter that an argument is, or belongs to."""
     found = re.search(r"op_name=\"state\.[\w\[\].]*?\[\\?'(.*?)\\?'\]", line.rest)
     return found[1] if found else ""
+
+
+def _parameters(declared: Mapping[str, Declared], layout: Layout) -> dict[tuple[int, ...], str]:
+  """The axes of parameters by their shapes, in part and whole, of all layers and of one; but for
+  shapes that parameters with other axes have too.
+  """
+  found: dict[tuple[int, ...], set[str]] = {}
+  for p in declared.values():
+    here = layout.sharding(p.axes, p.shape).shard_shape(p.shape)
+    for begin in range(1 + p.stacked):
+      axes = " ".join(axis or "-" for axis in p.axes[begin:])
+      for shape in (here, p.shape):
+        found.setdefault(_squeezed(shape[begin:]), set()).add(axes)
+  return {shape: axes.pop() for shape, axes in found.items() if len(axes) == 1 and len(shape) > 1}
 
 
 def name_of(line: Line) -> str:
