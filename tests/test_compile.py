@@ -163,6 +163,7 @@ def test_an_array_has_the_axes_of_the_parameters_of_its_shape_if_they_are_the_sa
   line = hlo.Line("gradient", "", "fusion", "")
   assert like.axes(line, (3, 8, 40)) == "layers embed mlp"  # a device's part: fsdp 4 x tensor 2
   assert like.axes(line, (1, 32, 80)) == "embed mlp"  # gathered, of one layer
+  assert like.axes(line, (32, 40)) == "embed mlp"  # over fsdp alone
   assert like.axes(line, (32,)) == like.axes(line, (3, 5, 7)) == ""
   like = named("base_mlp_dim=32")
   assert like.axes(line, (32, 32)) == ""  # mlp embed, embed mlp, or of attention

@@ -5,6 +5,7 @@ axes of its dimensions.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -87,16 +88,16 @@ class Origins:
 
 
 def _parameters(declared: Mapping[str, Declared], layout: Layout) -> dict[tuple[int, ...], str]:
-  """The axes of parameters by their shapes, in part and whole, of all layers and of one; but for
-  shapes that parameters with other axes have too.
+  """The axes of parameters by their shapes, of all layers and of one, each dimension in part or
+  whole, as it is gathered; but for shapes that parameters with other axes have too.
   """
   found: dict[tuple[int, ...], set[str]] = {}
   for p in declared.values():
     here = layout.sharding(p.axes, p.shape).shard_shape(p.shape)
     for begin in range(1 + p.stacked):
       axes = " ".join(axis or "-" for axis in p.axes[begin:])
-      for shape in (here, p.shape):
-        found.setdefault(_squeezed(shape[begin:]), set()).add(axes)
+      for shape in itertools.product(*zip(here[begin:], p.shape[begin:])):
+        found.setdefault(_squeezed(shape), set()).add(axes)
   return {shape: axes.pop() for shape, axes in found.items() if len(axes) == 1 and len(shape) > 1}
 
 
