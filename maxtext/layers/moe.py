@@ -224,10 +224,10 @@ def _sorted(peers: Peers, count: int, tokens: Arrays, _: Arrays) -> Arrays:
 def _rise(product: Product, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Arrays) -> Arrays:
   """x [b t d] and the sorted choices -> gate and up, or up alone [b t k f]."""
   x, weights, order, counts = tokens
-  rows = jnp.broadcast_to(x[:, :, None], (*order.shape, x.shape[-1]))
+  rows = _dealt_out(x.reshape(-1, x.shape[-1]), order.reshape(order.size), order.shape[2])
   if spec.weigh_inputs:
-    rows = _times(rows, weights)
-  rows = peers.sent(_moved(rows.reshape(order.size, x.shape[-1]), order), counts)
+    rows = _times(rows, _moved(weights.reshape(order.size, 1), order)[:, 0])
+  rows = peers.sent(rows, counts)
   sizes, made = peers.sizes(counts), []
   for kernel, *bias in _layers(spec, params):
     y = grouped_matmul(product, rows, kernel, sizes)
@@ -246,9 +246,8 @@ def _fall(product: Product, spec: MoeSpec, peers: Peers, tokens: Arrays, params:
     share = _moved(weights.reshape(order.size, 1), order)
     rows = _times(rows, peers.sent(share, counts)[:, 0])
   y = grouped_matmul(product, rows, params[0], peers.sizes(counts))
-  y, flat = peers.returned(y, counts), order.reshape(order.size)
-  back = jnp.zeros_like(flat).at[flat].set(jnp.arange(order.size), unique_indices=True)
-  return (_moved(y, back).reshape(*order.shape, y.shape[-1]).sum(2),)
+  y = _added_up(peers.returned(y, counts), order.reshape(order.size), order.shape[2])
+  return (y.reshape(*order.shape[:2], y.shape[-1]),)
 
 
 def _layers(spec: MoeSpec, params: Arrays) -> list[Arrays]:
@@ -313,6 +312,30 @@ def _by_device(peers: Peers, x: jax.Array) -> jax.Array:
 def _moved(rows: jax.Array, order: jax.Array) -> jax.Array:
   """Rows [m ...] in this order, in which each stands once."""
   return rows.at[order.reshape(order.size)].get(unique_indices=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dealt_out(x: jax.Array, order: jax.Array, active: int) -> jax.Array:
+  """Tokens [n d], of k choices each -> [(n k) d], that of every choice in this order of them."""
+  return x[order // active]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _added_up(y: jax.Array, order: jax.Array, active: int) -> jax.Array:
+  """What choices in this order [(n k) d] come to for each token, k of them -> [n d]."""
+  back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
+  return _moved(y, back).reshape(-1, active, y.shape[-1]).sum(1)
+
+
+# Each is the other's gradient: neither is to hold a token k times, or to add rows up one by one.
+_dealt_out.defvjp(
+  lambda x, order, active: (_dealt_out(x, order, active), order),
+  lambda active, order, g: (_added_up(g, order, active), None),
+)
+_added_up.defvjp(
+  lambda y, order, active: (_added_up(y, order, active), order),
+  lambda active, order, g: (_dealt_out(g, order, active), None),
+)
 
 
 def _assigned(count: int, room: int, tokens: Arrays, _: Arrays) -> Arrays:
