@@ -145,7 +145,8 @@ class Local(Checkpoints):
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
       what = "another run writes there" if error.errno == errno.EAGAIN else error.strerror
-      raise CheckpointError(f"{self.directory} cannot be used: {what}") from error
+      place = error.filename or self.directory  # the mark is on the disk that all share
+      raise CheckpointError(f"{place} cannot be used: {what}") from error
     used = self._everywhere()
     for step in self._folder.named():
       if step not in used:

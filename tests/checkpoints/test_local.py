@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 
 import jax
 import pytest
@@ -104,6 +105,21 @@ def test_what_a_run_went_back_behind_is_dropped_in_both_places(open_local, state
   save(states, local, extra, row, shared=(4, 6), copies=(5, 6))
   local.drop(6)
   assert local.steps() == (4, 5)
+
+
+def test_a_shared_disk_that_cannot_be_written_is_named_and_not_the_local_one(
+  open_local, states, extra, row, monkeypatch
+):
+  local = open_local(row)
+
+  def unplugged(path, content):
+    raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+  monkeypatch.setattr("maxtext.checkpoints.manifest.write_synced", unplugged)
+  with pytest.raises(CheckpointError) as error:
+    save(states, local, extra, row, copies=(2,))
+  shared = local._shared.directory
+  assert str(error.value).startswith(f"{shared}/") and "Read-only file system" in str(error.value)
 
 
 def test_two_runs_do_not_write_into_one_folder(open_local, states, extra, row, tmp_path):
