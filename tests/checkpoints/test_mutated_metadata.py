@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from maxtext import replay
 from maxtext.checkpoints.folder import Folder, locate_with_extra
 from maxtext.errors import CheckpointError, ConfigError
-from maxtext.training.incidents import RECORD, Incidents, Past
+from maxtext.training.incidents import RECORD, Incidents
 from tests.mutation import mutated
 
 COUNTS = [30, pytest.param(3000, marks=pytest.mark.slow)]
@@ -63,7 +64,7 @@ def test_a_mutated_record_or_incident_is_read_as_what_it_says_or_named(tmp_path,
     path.write_bytes(mutated(json.dumps(INCIDENT).encode(), random))
     try:
       past = incidents._read()
-      assert isinstance(past, Past) and past > Past(-1 << 900)
+      assert [type(number) for number in dataclasses.astuple(past)] == [int] * 3
     except CheckpointError as error:
       assert str(record) in str(error)
     try:
