@@ -1,13 +1,14 @@
-"""Files at s3:// from a local server: read, globbed, absent, denied; each refusal a line.
+"""Files at s3:// and gs:// from local servers: read, globbed, absent, denied; each refusal a line.
 
-  pip install 'moto[server]' s3fs
+  pip install 'moto[server]' s3fs gcp-storage-emulator gcsfs
   python end_to_end/object_store.py
 
-The server checks who asks from a number of requests on, so that the last case is a real denial.
+That of s3:// checks who asks from a number of requests on, so that the last case is a real denial.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -17,37 +18,55 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 DOCUMENTS = 40
 CASES = {  # what is read -> how its run ends, and what its last line says
-  "s3://shelf/train/*.jsonl": (0, ""),
-  "s3://shelf/train/part-0.jsonl": (0, ""),
-  "s3://shelf/train/part-9.jsonl": (3, "part-9.jsonl: no file there matches"),
-  "s3://shelf/absent/*.jsonl": (3, "*.jsonl: no file there matches"),
-  "s3://nowhere/part-0.jsonl": (3, "part-0.jsonl: no file there matches"),
+  "shelf/train/*.jsonl": (0, ""),
+  "shelf/train/part-0.jsonl": (0, ""),
+  "shelf/train/part-9.jsonl": (3, "part-9.jsonl: no file there matches"),
+  "shelf/absent/*.jsonl": (3, "*.jsonl: no file there matches"),
+  "nowhere/part-0.jsonl": (3, "part-0.jsonl: no file there matches"),
 }
 DENIED = "s3://shelf/train/part-0.jsonl"
+SERVERS = {  # protocol -> what Python runs for it, before the port; and what its client needs
+  "s3": (("-m", "moto.server", "-H", "127.0.0.1", "-p"), ("moto", "s3fs")),
+  "gs": (
+    ("-m", "gcp_storage_emulator", "start", "--in-memory", "--host=127.0.0.1", "--port"),
+    ("gcp_storage_emulator", "gcsfs"),
+  ),
+}
 
 
-def serve() -> tuple[subprocess.Popen[bytes], str]:
-  """A server of our own, and its address."""
+@contextlib.contextmanager
+def served(protocol: str) -> Iterator[str]:
+  """A server of our own, which the environment names to clients, and its address."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  words = ["-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
   server = subprocess.Popen(
-    [sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    [sys.executable, *SERVERS[protocol][0], str(port)],
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
   )
   address = f"http://127.0.0.1:{port}"
-  for _ in range(120):
-    try:
-      urllib.request.urlopen(f"{address}/moto-api/data.json").close()
-      return server, address
-    except OSError:
+  os.environ |= {
+    "AWS_ENDPOINT_URL": address,
+    "STORAGE_EMULATOR_HOST": address,
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks over gRPC, which the server does not speak
+  }
+  try:
+    for _ in range(120):
+      with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        break
       time.sleep(0.5)
-  server.kill()
-  sys.exit("the server did not begin")
+    else:
+      sys.exit(f"the server of {protocol}:// did not begin")
+    yield address
+  finally:
+    server.kill()
+    server.wait()
 
 
 def prepare(pattern: str, place: Path) -> tuple[int, str]:
@@ -66,33 +85,36 @@ def prepare(pattern: str, place: Path) -> tuple[int, str]:
 
 
 def main() -> None:
-  if lacking := [name for name in ("moto", "s3fs") if importlib.util.find_spec(name) is None]:
-    print(f"SKIP: not installed: {', '.join(lacking)}")
-    return
   os.environ |= {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "none"}
   os.environ |= {"AWS_DEFAULT_REGION": "us-east-1"}
-  server, address = serve()
-  os.environ["AWS_ENDPOINT_URL"] = address
-  try:
-    import s3fs
+  lacking = []
+  for protocol, (_, packages) in SERVERS.items():
+    lacking += (lacks := [name for name in packages if importlib.util.find_spec(name) is None])
+    if not lacks:
+      with served(protocol) as address:
+        read(protocol, address)
+  if lacking:
+    print(f"SKIP: not installed: {', '.join(lacking)}")
+    return
+  print("PASS: what a store has is read, and what it refuses is a line")
 
-    system = s3fs.S3FileSystem()
-    system.mkdir("shelf")
-    for part in range(2):
-      lines = (json.dumps({"text": f"document {part} {n}"}) for n in range(DOCUMENTS // 2))
-      system.pipe(f"shelf/train/part-{part}.jsonl", "\n".join(lines).encode())
-    for pattern, (code, said) in CASES.items():
-      check(pattern, code, said)
-    # from now on nobody may do anything
+
+def read(protocol: str, address: str) -> None:
+  import fsspec
+
+  system = fsspec.filesystem(protocol)
+  system.mkdir("shelf")
+  for part in range(2):
+    lines = (json.dumps({"text": f"document {part} {n}"}) for n in range(DOCUMENTS // 2))
+    system.pipe(f"shelf/train/part-{part}.jsonl", "\n".join(lines).encode())
+  for pattern, (code, said) in CASES.items():
+    check(f"{protocol}://{pattern}", code, said)
+  if protocol == "s3":  # from now on nobody may do anything
     plain = {"Content-Type": "text/plain"}
     request = urllib.request.Request(f"{address}/moto-api/reset-auth", b"0", plain)
     urllib.request.urlopen(request).close()
     check(DENIED, 3, "access is denied")
     check(DENIED.replace("part-0", "*"), 3, "access is denied")
-  finally:
-    server.kill()
-    server.wait()
-  print("PASS: what a store has is read, and what it refuses is a line")
 
 
 def check(pattern: str, code: int, said: str) -> None:
