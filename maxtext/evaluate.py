@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
   if not any(word.startswith("eval_interval=") for word in words):
     words.append("eval_interval=1")  # now, however seldom training does
   own = step.parent.parent if step.parent.name == "checkpoints" else step
+  if not (own / "config.yml").is_file():
+    own = step  # which has it as the run had
   loaded = configs.load([str(own / "config.yml"), *words], purpose="read")
   resume.check_model(loaded, saved)
   hardware.prepare(loaded.run, several=False)

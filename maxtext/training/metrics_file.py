@@ -24,15 +24,19 @@ class MetricsFile:
     self.path, self.run_name = path, run_name
     path.parent.mkdir(parents=True, exist_ok=True)
     self.dropped = _rewind(path, run_name, first_step)
-    self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    self._fd = _open(path)
     self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
     self._lost = 0
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Append one line: step, run_name, then the values."""
+    """Append one line: step, run_name, then the values; to the file of that name, where someone
+    has removed or replaced this one.
+    """
     row = {"step": step, "run_name": self.run_name} | {k: number(v) for k, v in values.items()}
     line = (json.dumps(row, allow_nan=False) + "\n").encode()
     try:
+      if not os.fstat(self._fd).st_nlink:
+        self._begin_anew(step)
       self._append(line)
     except OSError as error:
       if not self._lost:
@@ -42,6 +46,14 @@ class MetricsFile:
     if self._lost:
       log.error(f"{self.path}: written again from step {step} on, lines missing: {self._lost}")
       self._lost = 0
+
+  def _begin_anew(self, step: int) -> None:
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    new = _open(self.path)
+    os.close(self._fd)
+    self._fd = new
+    what = "was removed or replaced; lines before this step are in that file only"
+    log.error(f"{self.path}: step {step}: {what}")
 
   def _append(self, line: bytes) -> None:
     """All of the line or nothing of it."""
@@ -66,6 +78,10 @@ class MetricsFile:
   def close(self) -> None:
     self.flush()
     os.close(self._fd)
+
+
+def _open(path: Path) -> int:
+  return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
 
 def number(value: float) -> float | str:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -293,6 +294,17 @@ def test_a_full_disk_is_reported_once_and_does_not_end_the_run(tmp_path, errors)
   with start(tmp_path, metrics_file="/dev/full", enable_tensorboard=False) as metrics:
     write(metrics, range(5))
   assert errors() == ["/dev/full: step 0 not written (No space left on device); the run goes on"]
+
+
+def test_what_is_written_after_the_file_was_removed_stands_in_a_new_one(tmp_path, errors):
+  path = tmp_path / "run" / "metrics.jsonl"
+  with start(path.parent, enable_tensorboard=False) as metrics:
+    write(metrics, range(2))
+    shutil.rmtree(path.parent)
+    write(metrics, range(2, 4))
+  assert [row["step"] for row in rows(path.parent) if "eval/avg_loss" not in row] == [2, 3]
+  words = "was removed or replaced; lines before this step are in that file only"
+  assert errors() == [f"{path}: step 2: {words}"]
 
 
 def test_lines_are_whole_again_when_the_disk_has_space_again(tmp_path, errors, monkeypatch):
