@@ -87,7 +87,10 @@ class Watchdog:
     print(line, file=sys.stderr, flush=True)
 
   def _words(self, phase: Phase) -> str:
-    return WATCHED[phase.name].format(phase.step)
+    words = WATCHED[phase.name].format(phase.step)
+    if phase.name == "checkpoint" and self._save is not None:
+      words += f", behind that after {self._save.step},"
+    return words
 
   def _passed(self, phase: Phase) -> float:
     return time.monotonic() - phase.since

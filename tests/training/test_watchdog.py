@@ -66,6 +66,13 @@ def test_a_stall_is_named_within_the_limit_and_all_stacks_are_written(tmp_path, 
   assert " MainThread" in text and " watchdog" in text
 
 
+def test_a_wait_to_save_names_the_save_that_it_waits_for(tmp_path, capfd):
+  phases, saving = Phases(), [Phase("save", 5, time.monotonic())]
+  with Watchdog(Section(), tmp_path, phases, lambda: saving[0]):
+    stand_still(phases, [], "checkpoint", lambda: list(tmp_path.glob("stalls/*")))
+  assert "wait to save after 7 steps, behind that after 5, takes" in capfd.readouterr().err
+
+
 def test_the_limit_follows_from_what_the_run_has_taken_of_late(tmp_path):
   phases = Phases()
   watchdog = Watchdog(Section(), tmp_path, phases, lambda: None)
