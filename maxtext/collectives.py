@@ -248,10 +248,11 @@ def join(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
 def add_and_split(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
   """Each device's share, along a dimension, of the sum of x over these mesh axes; as `join`
   sends, but for what the TPU's compiler would add up whole on every device: along a dimension
-  among the last two of an array it does, and of blocks where they have to be moved far.
+  among the last two of an array it does, and of blocks where they have to be moved far, as those
+  of q, k and v, which it lays out by heads.
   """
   steps = _steps(names, "add")
-  if sharding.platform() in TPU and x.ndim > 2 and dimension > 0:
+  if sharding.platform() in TPU and x.ndim > 2:
     for axes, rings in steps:
       x = jax.lax.psum_scatter(
         x, axes, scatter_dimension=dimension, tiled=True, axis_index_groups=rings
