@@ -29,6 +29,7 @@ class Kind:
 
 
 # Weights are gathered while something is computed: both together (docs/compiling.md has figures).
+# A v6e has 128 MiB of memory beside its matrix units, of which the compiler uses a part unasked.
 GATHER_BESIDE = {
   "xla_enable_async_all_gather": "true",
   "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
@@ -39,7 +40,12 @@ KINDS = {
   "v4": Kind("TPU v4", (2, 2, 1), 1.05e9),
   "v5e": Kind("TPU v5 lite", (2, 2, 1), 1.5e9),
   "v5p": Kind("TPU v5", (2, 2, 1), 1.75e9, GATHER_BESIDE),
-  "v6e": Kind("TPU v6 lite", (2, 2, 1), 1.75e9),
+  "v6e": Kind(
+    "TPU v6 lite",
+    (2, 2, 1),
+    1.75e9,
+    GATHER_BESIDE | {"xla_tpu_scoped_vmem_limit_kib": str(96 * 1024)},
+  ),
   "tpu7x": Kind("TPU7x", (2, 2, 1), 2.2e9),
   "h100": Kind("NVIDIA H100 80GB HBM3", (8,), 1.98e9),
 }
