@@ -246,10 +246,11 @@ def join(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
 
 
 def add_and_split(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
-  """Each device's share, along a dimension, of the sum of x over these mesh axes; as `join`
-  sends, but for what the TPU's compiler would add up whole on every device: along a dimension
-  among the last two of an array it does, and of blocks where they have to be moved far, as those
-  of q, k and v, which it lays out by heads.
+  """Each device's share, along a dimension, of the sum of x over these mesh axes.
+
+  Off TPU, and for matrices, whole blocks are sent, as in `join`. The TPU's compiler scatters what
+  has more dimensions along any; of its blocks, as of matrices along a dimension, it would make the
+  whole sum on every device first.
   """
   steps = _steps(names, "add")
   if sharding.platform() in TPU and x.ndim > 2:
