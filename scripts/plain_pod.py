@@ -156,6 +156,7 @@ def main() -> None:
   names = parser.parse_args().recipes or dense
   if unknown := set(names) - set(dense):
     parser.error(f"{unknown.pop()!r} is none of {', '.join(dense)}")
+  jax.config.update("jax_platforms", "cpu")  # that no TPU is looked for
   for name in names:
     mine, other = ours(name), theirs(name)
     cells = (
