@@ -35,25 +35,27 @@ def make_mesh(section: meshes.Mesh, devices: Sequence[jax.Device]) -> Mesh:
   """
   names = tuple(section.mesh_axes)
   ici, dcn = section.ici(len(devices)), section.dcn()
-  ici_sizes, dcn_sizes = [ici[name] for name in names], [dcn[name] for name in names]
-  options = {"allow_split_physical_axes": section.allow_split_physical_axes}
-  several = len({getattr(device, "slice_index", 0) for device in devices}) > 1
-  if math.prod(dcn_sizes) == 1 or several:
-    try:
-      if math.prod(dcn_sizes) == 1:
-        grid = mesh_utils.create_device_mesh(ici_sizes, devices, **options)
-      else:
-        grid = mesh_utils.create_hybrid_device_mesh(ici_sizes, dcn_sizes, devices, **options)
-    except NotImplementedError:  # in lines about the algorithm's indices
-      raise _no_torus(ici, devices) from None
-  else:  # virtual devices have no slices: lay them out as if each slice were a run of neighbours
-    grid = np.asarray(devices).reshape(*dcn_sizes, *ici_sizes)
-    order = [
-      axis for pair in zip(range(len(names)), range(len(names), 2 * len(names))) for axis in pair
-    ]
-    grid = grid.transpose(order).reshape([d * i for d, i in zip(dcn_sizes, ici_sizes)])
+  sizes = [ici[name] for name in names], [dcn[name] for name in names]
+  try:
+    grid = _grid(*sizes, devices, section.allow_split_physical_axes)
+  except NotImplementedError:  # how JAX says that it would have to split a dimension
+    raise _no_torus(ici, devices) from None
   kind = AxisType.Explicit if section.shard_mode == "explicit" else AxisType.Auto
   return Mesh(grid, names, axis_types=(kind,) * len(names))
+
+
+def _grid(
+  ici: Sequence[int], dcn: Sequence[int], devices: Sequence[jax.Device], split: bool
+) -> np.ndarray:
+  """The devices by mesh axis, of these sizes within slices and over them."""
+  if math.prod(dcn) == 1:
+    return mesh_utils.create_device_mesh(ici, devices, allow_split_physical_axes=split)
+  if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+    return mesh_utils.create_hybrid_device_mesh(ici, dcn, devices, allow_split_physical_axes=split)
+  # virtual devices have no slices: lay them out as if each slice were a run of neighbours
+  grid = np.asarray(devices).reshape(*dcn, *ici)
+  order = [axis for pair in zip(range(len(ici)), range(len(ici), 2 * len(ici))) for axis in pair]
+  return grid.transpose(order).reshape([d * i for d, i in zip(dcn, ici)])
 
 
 def _no_torus(ici: Mapping[str, int], devices: Sequence[jax.Device]) -> ConfigError:

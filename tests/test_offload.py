@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
 from maxtext import config, program
 from maxtext.errors import ConfigError
+from tests.chips import printed
 
 RUN = (
   "dataset_type=synthetic vocab_size=1024 base_emb_dim=256 base_num_decoder_layers=2 head_dim=64 "
@@ -45,25 +42,8 @@ COMPILE = """
 
 def compiled(*cases):
   """What steps with these settings have in either memory, as compiled for a TPU."""
-  pytest.importorskip("libtpu")
-  environ = {
-    **os.environ,
-    "TPU_SKIP_MDS_QUERY": "1",
-    "JAX_PLATFORMS": "cpu",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  }
-  compiling = subprocess.run(
-    [sys.executable, "-c", f"RUN, CASES = {RUN}, {cases}\n{textwrap.dedent(COMPILE)}"],
-    cwd=Path(__file__).parents[1],
-    env=environ,
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
-  assert compiling.returncode == 0, compiling.stderr[-2000:]
-  return json.loads(compiling.stdout.splitlines()[-1])
+  program = f"RUN, CASES = {RUN}, {cases}\n{textwrap.dedent(COMPILE)}"
+  return json.loads(printed(program)[-1])
 
 
 @pytest.mark.parametrize(
