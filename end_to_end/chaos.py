@@ -2,8 +2,8 @@
 
 200 kills, drawn from a seed: SIGKILL at any time, some steps in or inside a save, SIGTERM, a full
 disk, one that turns read-only, one that is unplugged, and with two processes the death of one;
-over packings, mixtures, one and two processes, and ways of saving. Each run then ends with the bits
-and losses of one that was left alone. Those of disks need root, to mount.
+over packings, mixtures, one and two processes, ways of saving, and buckets. Each run then ends with
+the bits and losses of one that was left alone. Those of disks need root, to mount.
   python end_to_end/chaos.py [kills [seed]]
 """
 
@@ -213,19 +213,23 @@ def disk() -> Iterator[tuple[Path, bool]]:
 
 @dataclasses.dataclass
 class Case:
-  """A configuration: its name, its keys, in how many processes it runs, and where those that are
-  alone keep what they have compiled.
+  """A configuration: its name, its keys, in how many processes it runs, where those that are alone
+  keep what they have compiled, and whether the run is in a bucket, each life having an empty cache.
   """
 
   name: str
   keys: tuple[str, ...]
   hosts: int
   cache: Path
+  bucket: bool = False
 
   def start(self, run: Run) -> Life:
     variables = places(self.hosts) if self.hosts > 1 else [{}]
     ours = HASTE | {"JAX_COMPILATION_CACHE_DIR": str(self.cache)}
-    return Life(run, [Forked(run, "devices=1", environment=ours | each) for each in variables])
+    keys = ["devices=1"]
+    if self.bucket:
+      keys.append(f"run_cache_dir={tempfile.mkdtemp(dir=self.cache.parent)}")
+    return Life(run, [Forked(run, *keys, environment=ours | each) for each in variables])
 
 
 def cases(documents: Path) -> list[Case]:
@@ -244,6 +248,9 @@ def cases(documents: Path) -> list[Case]:
     found.append(
       Case(name, tuple(key for _, keys in parts for key in keys), hosts, documents / "xla")
     )
+  for case in found[3], found[7]:
+    name = case.name.replace("-by", "-bucket-by")
+    found.append(dataclasses.replace(case, name=name, bucket=True))
   return found[::5] + [case for i, case in enumerate(found) if i % 5]  # a few show much of all
 
 
@@ -257,7 +264,7 @@ def kill_and_resume(
     keys = (*SMALL, *case.keys, f"steps={PER_KILL * kills + 8}")
     if "enable_emergency_checkpoint=true" in keys:
       keys += (f"local_checkpoint_directory={other}",)
-    whole, run = (Run(place, name, keys) for name in ("whole", "killed"))
+    whole, run = (Run(place, name, keys, bucket=case.bucket) for name in ("whole", "killed"))
     case.start(whole).end(0)
     kinds = [*PROCESSES, *DISKS, *([one_dies] if case.hosts > 1 else [])]
     kinds += [kill_in_an_evaluation] if "eval_steps=4" in keys else []
@@ -279,7 +286,7 @@ def kill_and_resume(
       if "finished" in life.first.output or not alive:
         break
       done[kind.__name__] += 1
-      lost |= "not written" in life.first.output
+      lost |= "not written" in life.first.output or "not copied there" in life.first.output
       committed = kept(life, committed, case.hosts == 1)
     case.start(run).end(0)
     check(run.hashes() == whole.hashes(), f"{case.name}: parameters or optimizer differ")
@@ -303,7 +310,7 @@ def kept(life: Life, committed: int, copies: bool) -> int:
   elif committed:
     check(life.first.step() < 0, f"{committed} steps were saved, and it began anew:\n{life.first}")
   for folder, step in re.findall(r"^saved (.*)/(\d+): ", life.first.output, re.MULTILINE):
-    if copies or folder == str(life.run.folder / "checkpoints"):
+    if copies or folder.endswith(str(life.run.folder / "checkpoints")):
       committed = max(committed, int(step))
   return committed
 

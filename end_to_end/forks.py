@@ -25,7 +25,7 @@ class Forked(Process):
   """As a Process that trains `run`, with further keys and environment."""
 
   def __init__(self, run: Run, *keys: str, environment: dict[str, str] | None = None):
-    where = (f"run_name={run.name}", f"base_output_directory={run.parent}")
+    where = (f"run_name={run.name}", f"base_output_directory={run.base}")
     self.command = ["train", str(CONFIG), *where, *run.keys, *keys]
     self.lines: list[str] = []
     self._news = threading.Condition()

@@ -1,4 +1,5 @@
-"""Files at s3:// and gs:// from local servers: read, globbed, absent, denied; each refusal a line.
+"""Files at s3:// and gs:// from local servers: read, globbed, absent, denied; each refusal a line;
+and a run that is kept there, killed, continued from another host's empty disk, and damaged.
 
   pip install 'moto[server]' s3fs gcp-storage-emulator gcsfs
   python end_to_end/object_store.py
@@ -20,6 +21,9 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from end_to_end.runs import CONFIG, module
 
 DOCUMENTS = 40
 CASES = {  # what is read -> how its run ends, and what its last line says
@@ -29,6 +33,11 @@ CASES = {  # what is read -> how its run ends, and what its last line says
   "shelf/absent/*.jsonl": (3, "*.jsonl: no file there matches"),
   "nowhere/part-0.jsonl": (3, "part-0.jsonl: no file there matches"),
 }
+RUN = (
+  *("base_emb_dim=16", "base_mlp_dim=32", "base_num_decoder_layers=1", "max_target_length=32"),
+  *("per_device_batch_size=4", "enable_tensorboard=false", "devices=1", "hardware=cpu"),
+  *("jax_cache_dir=", "run_name=kept", "steps=40", "checkpoint_period=4", "log_config=false"),
+)
 DENIED = "s3://shelf/train/part-0.jsonl"
 SERVERS = {  # protocol -> what Python runs for it, before the port; and what its client needs
   "s3": (("-m", "moto.server", "-H", "127.0.0.1", "-p"), ("moto", "s3fs")),
@@ -92,29 +101,86 @@ def main() -> None:
     lacking += (lacks := [name for name in packages if importlib.util.find_spec(name) is None])
     if not lacks:
       with served(protocol) as address:
-        read(protocol, address)
+        read(protocol)
+        keep(protocol)
+        if protocol == "s3":
+          deny(address)
   if lacking:
     print(f"SKIP: not installed: {', '.join(lacking)}")
     return
-  print("PASS: what a store has is read, and what it refuses is a line")
+  print("PASS: what a store has is read, what it keeps is whole, and what it refuses is a line")
 
 
-def read(protocol: str, address: str) -> None:
-  import fsspec
-
-  system = fsspec.filesystem(protocol)
-  system.mkdir("shelf")
+def read(protocol: str) -> None:
+  system(protocol).mkdir("shelf")
   for part in range(2):
     lines = (json.dumps({"text": f"document {part} {n}"}) for n in range(DOCUMENTS // 2))
-    system.pipe(f"shelf/train/part-{part}.jsonl", "\n".join(lines).encode())
+    system(protocol).pipe(f"shelf/train/part-{part}.jsonl", "\n".join(lines).encode())
   for pattern, (code, said) in CASES.items():
     check(f"{protocol}://{pattern}", code, said)
-  if protocol == "s3":  # from now on nobody may do anything
-    plain = {"Content-Type": "text/plain"}
-    request = urllib.request.Request(f"{address}/moto-api/reset-auth", b"0", plain)
-    urllib.request.urlopen(request).close()
-    check(DENIED, 3, "access is denied")
-    check(DENIED.replace("part-0", "*"), 3, "access is denied")
+
+
+def keep(protocol: str) -> None:
+  """A run in a bucket is one in a folder, though killed, and continued where nothing of it is."""
+  base = f"{protocol}://shelf/runs"
+  with tempfile.TemporaryDirectory() as place:
+    there = lambda cache: (f"base_output_directory={base}", f"run_cache_dir={place}/{cache}")
+    train = lambda *keys: module("maxtext.train", CONFIG, *RUN, *keys, environment=dict(os.environ))
+    train(f"base_output_directory={place}").ends(0)
+    killed = train(*there("one"))
+    holds(killed.until(lambda: f"saved {base}/kept/checkpoints/8" in killed.output), killed.tail())
+    killed.kill()
+    output = train(*there("another")).ends(0)
+    holds(f"resuming {base}/kept after" in output, output)
+    holds(arrays(f"{base}/kept") == arrays(f"{place}/kept"), "the arrays differ")
+    lines = system(protocol).cat_file("shelf/runs/kept/metrics.jsonl").splitlines()
+    steps = [row["step"] for row in map(json.loads, lines) if "learning/loss" in row]
+    holds(steps == list(range(40)), f"metrics of steps {steps}")
+    damaged = "shelf/runs/kept/checkpoints/40/data.json"
+    content = system(protocol).cat_file(damaged)
+    system(protocol).pipe_file(damaged, bytes([content[0] ^ 1]) + content[1:])
+    said = (
+      f"{base}/kept/checkpoints/40 is damaged: data.json is not as it was written; using step 36"
+    )
+    output = module("maxtext.inspect", f"{base}/kept", environment=dict(os.environ)).ends(0)
+    holds(said in output, output)
+    absent = f"base_output_directory={protocol}://nowhere/runs"
+    output = train(absent, f"run_cache_dir={place}/none").ends(2)
+    holds("there is no such bucket or object" in output.splitlines()[-1], output)
+  print(f"{base}/kept: killed and continued, no bit differs; damage is named, and passed over")
+
+
+def deny(address: str) -> None:
+  """From now on nobody may do anything at the server of s3://."""
+  plain = {"Content-Type": "text/plain"}
+  request = urllib.request.Request(f"{address}/moto-api/reset-auth", b"0", plain)
+  urllib.request.urlopen(request).close()
+  check(DENIED, 3, "access is denied")
+  check(DENIED.replace("part-0", "*"), 3, "access is denied")
+  with tempfile.TemporaryDirectory() as place:
+    keys = ("base_output_directory=s3://shelf/runs", f"run_cache_dir={place}")
+    output = module("maxtext.train", CONFIG, *RUN, *keys, environment=dict(os.environ)).ends(2)
+  holds("access is denied" in output.splitlines()[-1], output)
+  print(output.splitlines()[-1])
+
+
+def arrays(run: str) -> list[str]:
+  """A line for each array of a run's newest checkpoint, with its sha256."""
+  lines = (
+    module("maxtext.inspect", run, "hash=true", environment=dict(os.environ)).ends(0).splitlines()
+  )
+  return [line for line in lines if "\t" in line]
+
+
+def system(protocol: str) -> Any:
+  import fsspec
+
+  return fsspec.filesystem(protocol, use_listings_cache=False)
+
+
+def holds(claim: bool, otherwise: str) -> None:
+  if not claim:
+    sys.exit(f"FAIL: {otherwise}")
 
 
 def check(pattern: str, code: int, said: str) -> None:

@@ -147,6 +147,12 @@ class Run:
   name: str
   keys: tuple[str, ...] = ()
   entry: tuple[str, ...] = ("-m", "train")  # what Python is to run
+  bucket: bool = False  # whether the run knows `parent` as a bucket
+
+  @property
+  def base(self) -> str:
+    """Its base_output_directory."""
+    return f"file://{self.parent}" if self.bucket else str(self.parent)
 
   @property
   def folder(self) -> Path:
@@ -154,7 +160,7 @@ class Run:
 
   def start(self, *keys: str, environment: dict[str, str] | None = None) -> Process:
     """Begin the run, or go on with it."""
-    where = (f"base_output_directory={self.parent}", f"jax_cache_dir={self.parent / 'xla'}")
+    where = (f"base_output_directory={self.base}", f"jax_cache_dir={self.parent / 'xla'}")
     words = (f"run_name={self.name}", *where, *self.keys, *keys)
     return Process([sys.executable, *self.entry, str(CONFIG), *words], environment)
 

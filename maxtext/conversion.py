@@ -19,11 +19,12 @@ from maxtext.adoption import adopted
 from maxtext.checkpoints import hub, manifest
 from maxtext.checkpoints.arrays import Array, shape_text
 from maxtext.checkpoints.aside import aside, check_free
-from maxtext.checkpoints.folder import locate, read_extra
+from maxtext.checkpoints.folder import read_extra
 from maxtext.checkpoints.hub.family import INERT, Family
 from maxtext.checkpoints.hub.model import Fitted, open_model, write_config
 from maxtext.checkpoints.hub.same import difference
 from maxtext.checkpoints.hub.writing import write_tensors
+from maxtext.checkpoints.lookup import locate
 from maxtext.checkpoints.safetensors import DTYPES
 from maxtext.checkpoints.stores import NewStore, Store
 from maxtext.checkpoints.tables import AHEAD, Shapes, Slot, slots

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, NoReturn
 from maxtext import config as configs
 from maxtext import hardware, hosts, resume
 from maxtext import log as logs
+from maxtext.bucket import is_url
 from maxtext.checkpoints import hub
-from maxtext.checkpoints.folder import locate_with_extra
+from maxtext.checkpoints.lookup import locate_with_extra
+from maxtext.checkpoints.remote import copied
 from maxtext.config import Config
 from maxtext.data.sections import Data
 from maxtext.errors import CheckpointError, ConfigError, DataError, run_cli
@@ -87,7 +89,7 @@ def _adopted(folder: Path | None, words: list[str]) -> Config:
 def _run(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
   """The folder that is named, if one is, and the arguments with its config.yml in its place."""
   for i, word in enumerate(argv):
-    folder = Path(word).expanduser()
+    folder = copied(word) if is_url(word) else Path(word).expanduser()
     if hub.is_model(folder):
       return folder, [*argv[:i], *argv[i + 1 :]]
     if folder.is_dir():
@@ -113,7 +115,9 @@ def _folder(config: Config) -> Path:
   if not config.sources["run_name"].text:
     problem = "is not set; add run_name=NAME, or give the run's folder, as runs/NAME"
     raise ConfigError("run_name", problem)
-  folder = Path(run.base_output_directory).expanduser() / run.run_name
+  if is_url(run.place):
+    return copied(run.place)
+  folder = Path(run.place)
   if not folder.is_dir():
     raise CheckpointError(f"{folder}: no such folder; train the run first, or name another")
   return folder

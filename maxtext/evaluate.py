@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from maxtext import config as configs
-from maxtext import hardware, resume
+from maxtext import hardware, hosts, resume
 from maxtext import log as logs
-from maxtext.checkpoints.folder import locate_with_extra
+from maxtext.checkpoints.lookup import locate_with_extra
 from maxtext.checkpoints.manifest import Manifest
 from maxtext.config import Config
 from maxtext.errors import run_cli
@@ -51,7 +51,7 @@ def evaluate(config: Config, path: Path, step: Path, manifest: Manifest) -> str:
   from maxtext.training.metrics import format_eval
 
   built = program.build(config, None, vocabulary(config.data))
-  run = trainer.Run(config, step.parent.parent, built, time.monotonic())
+  run = trainer.Run(config, hosts.Home(step.parent.parent), built, time.monotonic())
   run.corpus = open_corpus(config.data)
   manifest, params = restore_newest(path, step, manifest, built.state.params)
   return format_eval(manifest.step - 1, average(built.evaluate, params, run.held_out()))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from maxtext.checkpoints.arrays import shape_text
-from maxtext.checkpoints.folder import locate
+from maxtext.checkpoints.lookup import locate
 from maxtext.checkpoints.manifest import Manifest
 from maxtext.errors import ConfigError, closest, run_cli
 

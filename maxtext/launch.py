@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from maxtext import config
+from maxtext.bucket import is_url
 from maxtext.config import Config, check_devices
 from maxtext.config.checks import idle
 from maxtext.config.complaints import COMMAND_LINE as TYPED
@@ -132,7 +133,8 @@ def _lost(loaded: Config) -> Iterator[Complaint]:
   inside = lambda path: path.startswith(f"{mount}/") or path == mount
   base, block = loaded.run.base_output_directory, loaded.architecture.decoder_block
   if not inside(base):
-    problem = f"{base!r} is lost with the container; name a folder in {mount}"
+    why = "is mounted in a pod" if is_url(base) else "is lost with the container"
+    problem = f"{base!r} {why}; name a folder in {mount}"
     yield _at(loaded, "base_output_directory", f"{problem}, where launch_volume is")
   if os.path.isabs(block):
     problem = f"{block} is a file of this machine; put it into configs/decoder_blocks of the image"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from maxtext import config as configs
-from maxtext import hardware
+from maxtext import hardware, hosts
 from maxtext.config import Config
 from maxtext.errors import ConfigError, run_cli
 
@@ -75,7 +75,7 @@ def replay(config: Config, folder: Path, incident: dict[str, Any]) -> tuple[list
 
   corpus = open_corpus(config.data)
   built = program.build(config, None, vocabulary(config.data))
-  run = trainer.Run(config, folder, built, time.monotonic())
+  run = trainer.Run(config, hosts.Home(folder), built, time.monotonic())
   run.corpus, run.batches = corpus, run.open_batches(train_batches, corpus, run.rows)
   begun, passed = run.incidents.before(incident)
   state, last = run.begin(begun, resumed=False), incident["step"]

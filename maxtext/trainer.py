@@ -9,7 +9,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ import jax
 from maxtext import estimate, hardware, hlo, hosts, placement, program, resume, topology
 from maxtext import log as logs
 from maxtext.checkpoints import hub
+from maxtext.checkpoints.bucketed import opened
 from maxtext.checkpoints.folder import FACTS, LOSS
 from maxtext.checkpoints.hub.loading import load
 from maxtext.checkpoints.hub.model import open_model
@@ -73,8 +73,7 @@ def _train(config: Config, started: float) -> int:
   topology.demand(config.compile, devices, config.mesh.num_slices)
   for line in config.report():
     log.info(line)
-  folder = Path(config.run.base_output_directory).expanduser() / config.run.run_name
-  with hosts.held(folder):
+  with hosts.at_home(config.run.place, config.run.run_cache_dir) as home:
     built = program.build(config, devices, tokens)
     if config.mesh.debug_sharding:
       log.info(placement.table(built.plan.declared, built.layout))
@@ -82,7 +81,7 @@ def _train(config: Config, started: float) -> int:
     for line in placement.warnings(built.plan.declared, built.layout, tolerance):
       log.warning(line)
     _check_memory(built)
-    run = Run(config, folder, built, started)
+    run = Run(config, home, built, started)
     # a save under way is finished, come what may
     with reported(built, lambda: run.step), run.nearest or contextlib.nullcontext():
       return run.train()
@@ -128,8 +127,9 @@ class Run:
   step: Any = None  # once it is compiled
   drawn: Future[State] | None = None  # the state to begin with, unless it is from elsewhere
 
-  def __init__(self, config: Config, folder: Path, built: Program, started: float):
-    self.config, self.folder, self.program, self.started = config, folder, built, started
+  def __init__(self, config: Config, home: hosts.Home, built: Program, started: float):
+    self.config, self.program, self.started = config, built, started
+    self.folder, self.place = home.folder, home.place
     self.devices = built.layout.mesh.size
     self.rows = config.training.global_batch(self.devices)
     self.length = config.training.max_target_length
@@ -139,22 +139,24 @@ class Run:
     self.saves: list[Save] = []
     checkpoint = config.checkpoint
     if checkpoint.enable_checkpointing:
-      self.checkpoints = self.nearest = Checkpoints(folder / "checkpoints", checkpoint)
+      self.checkpoints = self.nearest = opened(home, checkpoint)
       self.save = Save(self.checkpoints, checkpoint.period, self._beside)
       if checkpoint.enable_emergency_checkpoint:
-        self.nearest = Local(folder, self.checkpoints, tree(built.state))
+        self.nearest = Local(home.folder, self.checkpoints, tree(built.state))
         self.saves = [Save(self.nearest, checkpoint.local_checkpoint_period, self._beside)]
       self.saves.append(self.save)
     seeds = {key: config.values[key] for key in ("init_weights_seed", "data_shuffle_seed")}
     params, training = built.state.params, config.training
     self.phases, self.first = Phases(started), -1
-    self.incidents = Incidents(folder, training, built.guard, params, seeds, self.nearest, FACTS)
+    self.incidents = Incidents(
+      home.folder, training, built.guard, params, seeds, self.nearest, FACTS
+    )
 
   def train(self) -> int:
     """Compile, begin or go on, train, save, and say how it ended."""
     newest, ended = self._newest()
     if ended:
-      log.info(f"{self.folder} {ended}")
+      log.info(f"{self.place} {ended}")
       return 0
     with ThreadPoolExecutor(2) as background:
       if newest is None and not self._loads:  # drawn while the step is traced
@@ -242,12 +244,12 @@ class Run:
       extra = self.nearest.extra(newest)
       if FACTS not in extra:
         problem = "was converted, and no run has saved it; name it by load_parameters_path instead"
-        raise CheckpointError(f"{self.checkpoints.directory}/{newest} {problem}")
+        raise CheckpointError(f"{self.checkpoints.place}/{newest} {problem}")
       hosts.first(lambda: resume.check(self.config, extra, self.devices))
       return newest, resume.ended(self.config, extra, newest)
     if damaged := self.checkpoints.damaged():
       raise CheckpointError(
-        f"{self.checkpoints.directory} holds steps {', '.join(map(str, damaged))} and none of "
+        f"{self.checkpoints.place} holds steps {', '.join(map(str, damaged))} and none of "
         "them is whole; move them away to begin the run anew"
       )
     return None, ""
@@ -260,7 +262,7 @@ class Run:
       self.batches.restore(extra[DATA], self.config.run.resume_changes)
       if resumed:
         self.incidents.resume(newest, extra, self.batches)
-        log.info(f"resuming {self.folder} after {newest} steps")
+        log.info(f"resuming {self.place} after {newest} steps")
       return from_tree(like, self.nearest.restore(newest, tree(like)))
     once = section.enable_single_replica_ckpt_restoring
     if path := section.load_full_state_path:
@@ -386,10 +388,10 @@ class Run:
     if self.config.observe.enable_goodput_recording:
       log.info(self.phases.line(self.pace.goodput, self.pace.lost))
     if stop.by:
-      saved = f", saved in {self.save.checkpoints.directory}" if self.save else ", not saved"
+      saved = f", saved in {self.save.checkpoints.place}" if self.save else ", not saved"
       log.info(f"stopped by {stop.by} after {done}{saved}; the same command resumes it")
     else:
-      log.info(f"finished {end.finished} steps of {self.folder}")
+      log.info(f"finished {end.finished} steps of {self.place}")
 
   def _write_config(self) -> None:
     """config.yml and what the tokenizer consists of, each file whole or not at all."""

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 LEVELS = (  # a module imports from levels above its own in this list, and from its own package
   ("errors", "log", "bounds"),
+  ("bucket",),
   ("hosts", "jobs"),
   ("specs", "masks", "mesh", "hlo", "topology"),
   ("sharding",),

@@ -16,6 +16,7 @@ from maxtext import config, program, replay, trainer
 from maxtext.checkpoints.manager import restore_state
 from maxtext.data.pipeline import open_corpus, train_batches
 from maxtext.errors import Diverged
+from maxtext.hosts import Home
 from maxtext.objectives.mean import Mean
 from maxtext.objectives.next_token import NextToken
 from maxtext.training.incidents import Incidents
@@ -103,7 +104,7 @@ def built(poison, tmp_path_factory):
 
 def train(folder, built, **keys):
   (folder / "r").mkdir(exist_ok=True)
-  run = trainer.Run(loaded(folder, **keys), folder / "r", built, time.monotonic())
+  run = trainer.Run(loaded(folder, **keys), Home(folder / "r"), built, time.monotonic())
   with run.checkpoints:
     return run.train()
 

@@ -52,6 +52,7 @@ ENDS = {
     chaos.disk_unplugged,
   ),
   "mixture-concat-copies-by2": (chaos.kill_in_a_save, chaos.one_dies),
+  "corpus-concat-copies-bucket-by2": (chaos.kill_in_a_save, chaos.one_dies),
 }
 
 

@@ -16,7 +16,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from maxtext import hosts
 from maxtext.checkpoints import manifest as manifests
 from maxtext.checkpoints.manifest import Damage, Fingerprint, Manifest
 from maxtext.errors import CheckpointError
@@ -38,6 +37,10 @@ class Folder:
   def step(self, step: int) -> Path:
     return self.path / str(step)
 
+  def place(self, step: int) -> str:
+    """Where a step is, for people."""
+    return str(self.step(step))
+
   def manifest(self, step: int, content: bool = True) -> Manifest:
     """The manifest of a whole step; without `content` the files' bytes are taken on trust.
 
@@ -46,7 +49,7 @@ class Folder:
     try:
       return self._check(step) if content else manifests.read(self.step(step))
     except Damage as damage:
-      raise CheckpointError(f"{self.step(step)} {damage}") from None
+      raise CheckpointError(f"{self.place(step)} {damage}") from None
 
   def whole(self, step: int) -> bool:
     """Whether a step is there, complete, and every byte of it as it was written."""
@@ -57,7 +60,7 @@ class Folder:
     try:
       self._check(step)
     except Damage as damage:
-      return f"{self.step(step)} {damage}"
+      return f"{self.place(step)} {damage}"
     return ""
 
   def remember(self, step: int, manifest: Manifest) -> None:
@@ -73,13 +76,16 @@ class Folder:
     passed = []
     for step in reversed(self.named()):
       if problem := self.problem(step):
-        if self.step(step).is_dir():  # else another process has deleted it just now
+        if self._is_named(step):  # else another process has deleted it just now
           passed.append(problem)
         continue
       self.report(passed, f"using step {step}")
       return step
     self.report(passed, "no other checkpoint is there")
     return None
+
+  def _is_named(self, step: int) -> bool:
+    return self.step(step).is_dir()
 
   def named(self) -> list[int]:
     """The steps by the names of the folders alone, ascending."""
@@ -180,66 +186,6 @@ class Folder:
       log.warning(line)
 
 
-def locate(path: str | Path) -> tuple[Path, Manifest]:
-  """The newest whole step of a run folder or a checkpoints folder, or a step folder itself: the one
-  that process 0 finds.
-
-  Raises CheckpointError, which says what was looked for.
-  """
-  found = Path(hosts.first(lambda: str(_newest(Path(path).expanduser()))))
-  try:
-    return found, manifests.read(found)
-  except Damage as damage:
-    raise CheckpointError(f"{found} {damage}") from None
-
-
-def locate_with_extra(path: str | Path) -> tuple[Path, Manifest, dict[str, Any]]:
-  """As `locate`, and what stands beside the arrays, though a run that trains deletes steps."""
-  while True:
-    step, manifest = locate(path)
-    try:
-      return step, manifest, read_extra(step, manifest)
-    except CheckpointError:
-      if not passed_by(path, step):
-        raise
-
-
-def passed_by(path: str | Path, step: Path) -> bool:
-  """Whether a step that `locate` has found at `path` is gone, so that it would find another now."""
-  return hosts.alone() and not step.is_dir() and Path(path).expanduser() != step
-
-
-def _newest(path: Path) -> Path:
-  """The step that `locate` means, every byte of it as it was written."""
-  wanted = "give a run's folder, its checkpoints folder or one step in it"
-  try:
-    names = {entry.name for entry in os.scandir(path)}
-  except OSError as error:
-    raise CheckpointError(f"{path}: {error.strerror}: {wanted}") from error
-  if names & {manifests.NAME, STATE}:
-    _whole(path)
-    return path
-  folder = Folder(path / "checkpoints" if "checkpoints" in names else path)
-  step = folder.newest()
-  if step is None:
-    inside = (
-      f"in {folder.path}/<step>/"
-      if "checkpoints" in names
-      else ("in it, in <step>/ and in checkpoints/<step>/")
-    )
-    raise CheckpointError(
-      f"{path} holds no complete checkpoint: looked for {manifests.NAME} {inside}; {wanted}"
-    )
-  return folder.step(step)
-
-
-def promising(path: str | Path) -> bool:
-  """Whether `locate` has something to look at: judged by names alone, and without a word."""
-  path = Path(path).expanduser()
-  steps = Folder(path / "checkpoints" if (path / "checkpoints").is_dir() else path).named()
-  return bool(steps) or any((path / name).exists() for name in (manifests.NAME, STATE))
-
-
 def read_extra(step_folder: Path, manifest: Manifest) -> dict[str, Any]:
   """What was saved beside the arrays, by name: JSON as values, all else as text."""
   extra = {}
@@ -250,15 +196,6 @@ def read_extra(step_folder: Path, manifest: Manifest) -> dict[str, Any]:
       raise CheckpointError(f"{step_folder} cannot be read: {file}: {error.strerror}") from error
     extra[name] = json.loads(text) if file.endswith(".json") else text
   return extra
-
-
-def _whole(folder: Path) -> None:
-  try:
-    manifest = manifests.read(folder)
-    manifests.fingerprint(folder, manifest)
-    manifests.check_content(folder, manifest)
-  except Damage as damage:
-    raise CheckpointError(f"{folder} {damage}") from None
 
 
 def _unused(parent: Path, name: str) -> Path:

@@ -20,6 +20,7 @@ import numpy as np
 
 from maxtext import hosts
 from maxtext.checkpoints import manifest as manifests
+from maxtext.checkpoints.arrays import Array
 from maxtext.checkpoints.folder import STATE, Folder
 from maxtext.checkpoints.manager import Checkpoints, Extra
 from maxtext.checkpoints.manifest import Damage, Manifest
@@ -98,6 +99,12 @@ class Local(Checkpoints):
 
   def _make_writer(self) -> Writer:
     return Writer()
+
+  def _seal(
+    self, building: Path, step: int, arrays: tuple[Array, ...], files: dict[str, tuple[str, bytes]]
+  ) -> int:
+    self._shared.keep_up()  # as for any checkpoint, the metrics must not end before it
+    return super()._seal(building, step, arrays, files)
 
   def _retire(self, step: int) -> None:
     self._folder.retire(KEEP, step)

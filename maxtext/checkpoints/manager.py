@@ -19,7 +19,8 @@ import jax
 from maxtext import hosts
 from maxtext.checkpoints import manifest as manifests
 from maxtext.checkpoints.arrays import Array, difference
-from maxtext.checkpoints.folder import STATE, Folder, locate, passed_by, read_extra
+from maxtext.checkpoints.folder import STATE, Folder, read_extra
+from maxtext.checkpoints.lookup import locate, passed_by
 from maxtext.checkpoints.manifest import Manifest
 from maxtext.checkpoints.sections import Checkpoint
 from maxtext.errors import CheckpointError
@@ -47,6 +48,7 @@ class Checkpoints:
 
   def __init__(self, directory: Path, section: Checkpoint):
     self.directory = Path(directory)
+    self.place = str(directory)  # for people
     self._section = section
     self._folder = Folder(self.directory)
     self._writer: Any = None
@@ -95,7 +97,7 @@ class Checkpoints:
           took = time.monotonic() - begun
           line = "saved %s: %.1f MB in %.1f s, training waited %.2f s"
           blocked = waited if self._section.async_checkpointing else took
-          log.info(line, self._folder.step(step), size / 1e6, took, blocked)
+          log.info(line, self._folder.place(step), size / 1e6, took, blocked)
       except Exception as error:  # raised where the caller can see it
         self._failure, self._broken = self._trouble(step, error), True
         self._abandon(building)
@@ -170,6 +172,9 @@ class Checkpoints:
     """What was saved beside the state: mappings as they were, texts as they were."""
     return read_extra(self._folder.step(step), self._manifest(step))
 
+  def keep_up(self) -> None:
+    """Have all else of the run where its checkpoints are, as far as that works."""
+
   def _release(self) -> None:
     writer, self._writer = self._writer, None
     try:
@@ -178,7 +183,7 @@ class Checkpoints:
     except Exception as error:  # Orbax and TensorStore raise whatever the layer below raised
       if not self._broken:
         cause = _cause(error)
-        raise CheckpointError(f"{self.directory}: cannot be closed: {cause}") from error
+        raise CheckpointError(f"{self.place}: cannot be closed: {cause}") from error
 
   def _join(self) -> None:
     """Let a save under way come to its end, whichever that is."""
@@ -237,7 +242,7 @@ class Checkpoints:
       self._folder.discard(building)
 
   def _trouble(self, step: int, error: Exception) -> CheckpointError:
-    trouble = CheckpointError(f"{self._folder.step(step)}: cannot be saved: {_cause(error)}")
+    trouble = CheckpointError(f"{self._folder.place(step)}: cannot be saved: {_cause(error)}")
     trouble.__cause__ = error
     return trouble
 

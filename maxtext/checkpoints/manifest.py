@@ -45,14 +45,16 @@ class Manifest:
 
 def write(folder: Path, step: int, arrays: tuple[Array, ...], extra: Mapping[str, str]) -> Manifest:
   """Make what stands in `folder` a checkpoint: all of it safe on disk, then the manifest of it."""
-  files = {name: (folder / name) for name in sorted(_files(folder))}
-  manifest = Manifest(
-    step, arrays, extra, {n: measure(path, sync=True) for n, path in files.items()}
-  )
-  for parent in sorted({path.parent for path in files.values()}):
+  manifest = Manifest(step, arrays, extra, measured(folder, sync=True))
+  for parent in sorted({(folder / name).parent for name in manifest.files}):
     sync_folder(parent)
-  write_synced(folder / NAME, _render(manifest))
+  write_synced(folder / NAME, render(manifest))
   return manifest
+
+
+def measured(folder: Path, sync: bool = False) -> dict[str, tuple[int, int]]:
+  """Size and crc32 of each file in `folder`, by its path below it."""
+  return {name: measure(folder / name, sync) for name in sorted(_files(folder))}
 
 
 def read(folder: Path) -> Manifest:
@@ -64,6 +66,11 @@ def read(folder: Path) -> Manifest:
     raise Damage(f"{what}: there is no {folder.name}/{NAME}") from None
   except OSError as error:
     raise Damage(f"cannot be read: {NAME}: {error.strerror}") from error
+  return parse(raw, folder.name)
+
+
+def parse(raw: bytes, name: str) -> Manifest:
+  """The manifest that a file of the step folder `name` holds. Raises Damage."""
   try:
     body = json.loads(raw)
     if body["format"] != FORMAT and raw == _seal(body):
@@ -71,9 +78,9 @@ def read(folder: Path) -> Manifest:
     manifest = _parse(body)
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     raise Damage(f"is damaged: {NAME} is not as it was written") from None
-  if raw != _render(manifest):
+  if raw != render(manifest):
     raise Damage(f"is damaged: {NAME} is not as it was written")
-  if folder.name.isdecimal() and folder.name != str(manifest.step):
+  if name.isdecimal() and name != str(manifest.step):
     raise Damage(f"is a copy of step {manifest.step} under another name")
   return manifest
 
@@ -149,7 +156,8 @@ def _files(folder: Path) -> Iterator[str]:
       yield (Path(parent) / name).relative_to(folder).as_posix()
 
 
-def _render(manifest: Manifest) -> bytes:
+def render(manifest: Manifest) -> bytes:
+  """What stands in the file."""
   return _seal({"format": FORMAT, **dataclasses.asdict(manifest)})
 
 

@@ -25,19 +25,29 @@ PIECE, SHARE = 1 << 18, 1 << 14
 
 
 class Writer:
-  """Writes states, one at a time: `start` returns when the arrays are needed no more."""
+  """Writes states, one at a time: `start` returns when the arrays are needed no more.
 
-  def __init__(self, section: Checkpoint):
+  `apart`: each process to a disk of its own, what all have written being one state. Databases of
+  several processes cannot be laid together, so arrays are in files of their own then.
+  """
+
+  def __init__(self, section: Checkpoint, apart: bool = False):
+    whose = ocp.options.MultiprocessingOptions(primary_host=None if apart else 0)
     # Splitting replicas pays over hosts only: in one process it compiles a slice for every shape,
     # and the first save blocks for a second. Weights do not compress: 7 %, for 3 times the CPU.
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
+    arrays = ocp.type_handlers.ArrayHandler(
+      use_replica_parallel=jax.process_count() > 1, primary_host=whose.primary_host
+    )
     handler = ocp.PyTreeCheckpointHandler(
-      use_ocdbt=section.checkpoint_storage_use_ocdbt,
+      use_ocdbt=section.checkpoint_storage_use_ocdbt and not apart,
       use_zarr3=section.checkpoint_storage_use_zarr3,
       use_compression=False,
       type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+      multiprocessing_options=whose,
     )
-    self._checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=TIMEOUT_SECONDS)
+    self._checkpointer = ocp.AsyncCheckpointer(
+      handler, timeout_secs=TIMEOUT_SECONDS, multiprocessing_options=whose
+    )
 
   def start(self, folder: Path, state: Any) -> None:
     """Copy `state` to the host and begin to write the new `folder`. Raises what Orbax raises."""

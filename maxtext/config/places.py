@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from maxtext.bucket import is_url, lacking
 from maxtext.checkpoints import hub
-from maxtext.checkpoints.folder import promising
+from maxtext.checkpoints.lookup import promising
 from maxtext.config.checks import Problem, Purpose
 from maxtext.config.config import Config
 from maxtext.config.documents import shown as place
@@ -18,6 +19,7 @@ from maxtext.errors import closest
 LOADED = ("load_parameters_path", "load_full_state_path")
 PATHS = (
   "base_output_directory",
+  "run_cache_dir",
   "jax_cache_dir",
   "metrics_file",
   "dataset_path",
@@ -30,7 +32,8 @@ PATHS = (
   "compiled_trainstep_file",
   "report_file",
 )
-FOLDERS = ("base_output_directory", "jax_cache_dir", "tokenizer_cache_dir")
+FOLDERS = ("base_output_directory", "run_cache_dir", "jax_cache_dir", "tokenizer_cache_dir")
+REMOTE = ("base_output_directory", *LOADED)  # which may be in a bucket
 LONGEST = 255  # bytes of a name, in every usual file system
 
 
@@ -39,15 +42,18 @@ def of_places(config: Config, purpose: Purpose) -> Iterator[Problem]:
   for key in PATHS:
     if "$" in (text := config.values[key]):
       yield key, f"{shown(text)}: nothing is filled in for $; write the path itself, ~ is your home"
-    if "://" in text:
-      way = "object storage is used through a mount, such as Cloud Storage FUSE"
+    if is_url(text) and key in REMOTE:
+      if reason := lacking(text):
+        yield key, f"{shown(text)}: {reason}"
+    elif "://" in text:
+      way = "no object storage here; a mount, such as Cloud Storage FUSE, makes files of it"
       yield key, f"{shown(text)}: {way}; name a path of a file system"
     elif os.path.expanduser(text).startswith("~"):
       yield key, f"{shown(text)}: there is no such user; write the path itself, ~ is your home"
   if purpose == "launch":  # where it is to run there are others
     return
   for key in FOLDERS:
-    if text := config.values[key]:
+    if (text := config.values[key]) and not is_url(text):
       path, runs = Path(os.path.expanduser(text)), key == "base_output_directory"
       if runs:
         path /= config.run.run_name
@@ -106,6 +112,8 @@ def _started_from(config: Config) -> Iterator[Problem]:
   named = {key: path for key in LOADED if (path := getattr(checkpoint, key))}
   for key, path in named.items():
     offer = "name a run's folder, or one of its checkpoints/STEP"
+    if is_url(path):  # looked at as it is read
+      continue
     if not os.path.isdir(os.path.expanduser(path)):
       yield key, f"{shown(path)}: no such folder; {offer}"
     elif len(named) > 1:  # which is complained of by itself

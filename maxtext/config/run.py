@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Literal
 
 from maxtext.bounds import Count, Whole
+from maxtext.bucket import is_url
 from maxtext.config.values import shown
 
 FORCED = "--xla_force_host_platform_device_count"  # how many devices XLA makes of a CPU
@@ -20,11 +22,19 @@ class Run:
   model_name: str
   hardware: Literal["auto", "cpu", "gpu", "tpu"]
   devices: Count | None
+  run_cache_dir: str
   jax_cache_dir: str
   init_weights_seed: Whole
   resume_changes: tuple[str, ...]
   log_config: bool
   debug: bool
+
+  @property
+  def place(self) -> str:
+    """The run's folder, or its URL in a bucket."""
+    if is_url(self.base_output_directory):
+      return f"{self.base_output_directory.rstrip('/')}/{self.run_name}"
+    return str(Path(self.base_output_directory).expanduser() / self.run_name)
 
   def complaints(self) -> Iterator[tuple[str, ...]]:
     if self.run_name and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,99}", self.run_name):

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from maxtext.bucket import PACKAGES
 from maxtext.data.errors import brief
 from maxtext.data.prepared import INDEX, MANIFEST
 from maxtext.data.records import package
 from maxtext.errors import DataError
-
-PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "hf": "huggingface_hub", "az": "adlfs"}
-
-
-def is_url(pattern: str) -> bool:
-  return bool(re.match(r"[a-z][a-z0-9+]*://", pattern))
 
 
 def find(where: str, pattern: str, cache: str) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from maxtext.bucket import is_url
 from maxtext.data import prepared, remote
 from maxtext.data.errors import Damaged
 from maxtext.data.permutation import noise, permutation
@@ -99,7 +100,7 @@ def hold_out(source: Source, fraction: float) -> tuple[Source, Source | None]:
 def find(key: str, pattern: str, kind: str, columns: Sequence[str], cache: str) -> Source:
   """The source of a glob, a file or a folder, here or at a URL. Raises DataError."""
   where = f"{key}={pattern}"
-  found = remote.find(where, pattern, cache) if remote.is_url(pattern) else _here(where, pattern)
+  found = remote.find(where, pattern, cache) if is_url(pattern) else _here(where, pattern)
   files = []
   for path, shown in found:
     if shown.endswith(prepared.INDEX):

@@ -1,6 +1,5 @@
 """Several processes that train as one; imports no jax until they join."""
 
-from maxtext.hosts.folder import held
 from maxtext.hosts.group import (
   agree,
   alone,
@@ -17,21 +16,24 @@ from maxtext.hosts.group import (
   stop_at,
   tell,
 )
+from maxtext.hosts.mirror import Home, Mirror, at_home
 from maxtext.hosts.places import Place, find
 from maxtext.hosts.sections import Hosts
 
 __all__ = [
+  "Home",
   "Hosts",
+  "Mirror",
   "Place",
   "agree",
   "alone",
+  "at_home",
   "before_end",
   "board",
   "each",
   "end",
   "find",
   "first",
-  "held",
   "is_first",
   "joined",
   "named",

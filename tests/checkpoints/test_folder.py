@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from maxtext.checkpoints import manifest as manifests
-from maxtext.checkpoints.folder import Folder, locate
+from maxtext.checkpoints.folder import Folder
+from maxtext.checkpoints.lookup import locate
 from maxtext.errors import CheckpointError
 
 

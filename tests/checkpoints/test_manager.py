@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxtext.checkpoints import storage
-from maxtext.checkpoints.folder import locate
+from maxtext.checkpoints.lookup import locate
 from maxtext.checkpoints.manager import restore_newest, restore_parameters, restore_state
 from maxtext.checkpoints.storage import Writer
 from maxtext.checkpoints.stores import Store

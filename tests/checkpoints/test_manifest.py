@@ -120,7 +120,7 @@ def test_a_difference_names_an_array_and_counts():
 
 def test_steps_are_listed_without_jax_orbax_or_numpy():
   code = (
-    "import sys; from maxtext.checkpoints.folder import Folder, locate; import maxtext.inspect; "
+    "import sys; from maxtext.checkpoints.lookup import locate; import maxtext.inspect; "
     "print({'jax', 'orbax', 'numpy', 'tensorstore'} & set(sys.modules))"
   )
   run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from maxtext import replay
-from maxtext.checkpoints.folder import Folder, locate_with_extra
+from maxtext.checkpoints.folder import Folder
+from maxtext.checkpoints.lookup import locate_with_extra
 from maxtext.errors import CheckpointError, ConfigError
 from maxtext.training.incidents import RECORD, Incidents
 from tests.mutation import mutated
