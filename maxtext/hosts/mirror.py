@@ -35,7 +35,8 @@ class Lease:
 
   def __init__(self, bucket: Bucket):
     self.bucket = bucket
-    self._owner = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
+    whose = {"host": socket.gethostname(), "process": os.getpid(), "processes": _processes()}
+    self._owner = {"id": uuid.uuid4().hex, **whose}
     self._count = 0
 
   def take(self) -> None:
@@ -213,12 +214,24 @@ def mirrored(url: str, cache: str) -> Iterator[Mirror]:
 
 
 def _dead(lease: bytes) -> bool:
-  """Whether a lease is of a process of this host that is no more."""
+  """Whether a lease is of a process that would be seen from here, and is no more."""
   try:
     owner = json.loads(lease)
-    return owner["host"] == socket.gethostname() and not Path(f"/proc/{owner['process']}").exists()
+    seen = owner["processes"] == _processes() != ""
+    return seen and not Path(f"/proc/{owner['process']}").exists()
   except (ValueError, KeyError, TypeError):
     return True
+
+
+def _processes() -> str:
+  """Which processes are seen from here: those of this machine, as long as it is up, and container;
+  empty where the system does not say.
+  """
+  try:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+  except OSError:
+    return ""
 
 
 def _print(path: Path) -> Print:
