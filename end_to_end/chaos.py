@@ -175,7 +175,8 @@ def disk_unplugged(life: Life, chance: random.Random) -> None:
   life.steps(chance.randint(1, 6))
   with mounted(life.disk, "-t", "tmpfs", "-o", "ro,size=4k", "none"):
     life.end(4)
-  _explained(life.first, f"{re.escape(str(life.disk))}.*: (Read-only file system|No such file)")
+  gone = "Read-only file system|No such file|there is no such bucket"
+  _explained(life.first, f"{re.escape(str(life.disk))}.*: ({gone})")
 
 
 def _explained(process: Process, words: str) -> None:

@@ -28,7 +28,7 @@ def test_it_prints_meaning_type_value_and_every_place(capsys, monkeypatch):
     ["set", "by", "environment", "M_BASE_EMB_DIM:", "16"],
     ["over", "run.yml:2", "base_emb_dim:", "32"],
     ["over", "configs/models/tiny.yml:2", "base_emb_dim:", "64"],
-    ["over", "configs/base.yml:19", "base_emb_dim:", "256"],
+    ["over", "configs/base.yml:20", "base_emb_dim:", "256"],
   ]
 
 

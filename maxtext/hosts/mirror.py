@@ -67,11 +67,8 @@ class Lease:
     self.bucket.write(LEASE, self._text())
 
   def check(self) -> None:
-    """Raises CheckpointError where it is another's by now, OSError."""
-    try:
-      owner = json.loads(self.bucket.read(LEASE))
-    except FileNotFoundError:
-      owner = {}
+    """Raises CheckpointError where it is another's by now, OSError, also where there is none."""
+    owner = json.loads(self.bucket.read(LEASE))
     if owner.get("id") != self._owner["id"]:
       raise CheckpointError(f"{self.bucket.url}: another process trains this run by now")
 

@@ -126,6 +126,14 @@ def test_a_run_that_another_has_taken_over_commits_nothing_more(saved, mirror, s
     assert checkpoints.newest() == 30
 
 
+def test_a_bucket_that_is_gone_is_said_to_be_gone(saved, mirror, states, extra):
+  saved.rename(saved.with_name("elsewhere"))
+  with opened(mirror) as checkpoints:
+    checkpoints.save(40, states.of(40, states.mesh(4, 2)), extra)
+    with pytest.raises(CheckpointError, match="cannot be saved: there is no such bucket or object"):
+      checkpoints.wait()
+
+
 def test_a_url_of_a_run_its_checkpoints_or_a_step_leads_to_a_copy(saved, bucket):
   for url, step in (("", 30), ("/checkpoints", 30), ("/checkpoints/20", 20), ("/", 30)):
     folder, manifest = locate(bucket.url + url)
