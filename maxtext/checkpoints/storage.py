@@ -45,8 +45,12 @@ class Writer:
       type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
       multiprocessing_options=whose,
     )
+    # One process's folder is not there because another's is: each waits for its own.
+    how = ocp.options.AsyncOptions(
+      timeout_secs=TIMEOUT_SECONDS, create_directories_asynchronously=not apart
+    )
     self._checkpointer = ocp.AsyncCheckpointer(
-      handler, timeout_secs=TIMEOUT_SECONDS, multiprocessing_options=whose
+      handler, async_options=how, multiprocessing_options=whose
     )
 
   def start(self, folder: Path, state: Any) -> None:
