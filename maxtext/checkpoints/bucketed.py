@@ -86,7 +86,7 @@ def _gathered(name: str, act: Callable[[], Any]) -> list[Any]:
     if failed is not None:
       raise failed
     return [value]
-  said = json.dumps([value, failed and failed.strerror])
+  said = json.dumps([value, failed and (failed.strerror or str(failed))])
   while len(board := hosts.board(name, said)) < jax.process_count():
     time.sleep(0.1)
   if failed is not None:

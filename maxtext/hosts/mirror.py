@@ -102,9 +102,15 @@ class Mirror:
   def push(self) -> None:
     """Copy what has changed, and remove what is gone. Raises OSError."""
     with self._lock:
-      here = dict(self._files())
-      changed = [name for name, found in here.items() if self._there.get(name) != found]
-      self.bucket.put(changed, self.folder)
+      while True:
+        here = dict(self._files())
+        changed = [name for name, found in here.items() if self._there.get(name) != found]
+        try:
+          self.bucket.put(changed, self.folder)
+          break
+        except FileNotFoundError:
+          if all((self.folder / name).exists() for name in changed):
+            raise  # it is the bucket that is gone, and no file that went meanwhile
       self.bucket.delete(gone := self._there.keys() - here.keys())
       self._there = {k: v for k, v in self._there.items() if k not in gone} | here
 

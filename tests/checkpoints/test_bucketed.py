@@ -162,6 +162,20 @@ def test_files_are_copied_when_they_change_and_go_when_they_are_gone(mirror, buc
   assert [path.name for path in elsewhere.folder.rglob("*") if path.is_file()] == ["events"]
 
 
+def test_a_file_that_goes_while_it_is_copied_is_no_failure(mirror, bucket, monkeypatch):
+  for name in ("config.yml", "rollback.json"):
+    (mirror.folder / name).write_text("a: 1\n")
+  put = Bucket.put
+
+  def going(self, names, folder):
+    (mirror.folder / "rollback.json").unlink(missing_ok=True)
+    put(self, names, folder)
+
+  monkeypatch.setattr(Bucket, "put", going)
+  mirror.push()
+  assert bucket.files().keys() - {LEASE} == {"config.yml"}
+
+
 def test_a_bucket_that_fails_meanwhile_costs_a_line_and_nothing_that_was_written(
   mirror, bucket, caplog
 ):
