@@ -1,4 +1,5 @@
-"""What scripts/environment.sh does with the Python, the disk and the environment that it finds.
+"""What scripts/environment.sh does with the Python, the disk and the environment that it finds, and
+what models by hand are worth.
 
 The scripts run in a copy of the project, with a PATH that has the system's tools and a Python that
 only says its version and notes what it is asked to do.
@@ -6,11 +7,15 @@ only says its version and notes what it is asked to do.
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -156,3 +161,43 @@ def test_pip_is_used_where_only_its_index_is_named(machine):
   machine.put("uv", "#!/bin/bash\nexit 1\n")
   assert machine.run(PIP_INDEX_URL="file:///index") == (0, "")
   assert len(machine.installs()) == 1
+
+
+@pytest.mark.parametrize(
+  "name, still",  # choices are moved by loads, and the attention put in here has no sinks
+  [
+    ("llama2-70b", []),
+    ("mixtral-8x7b", []),
+    ("qwen3-30b-a3b", []),
+    ("gpt-oss-20b", ["sinks"]),
+    ("gemma3-12b", []),
+    ("deepseek3-671b", ["router_bias"]),
+  ],
+)
+def test_a_model_by_hand_learns_by_all_its_weights(monkeypatch, name, still):
+  monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+  plain = importlib.import_module("plain_models")
+
+  def attend(mesh, window, q, k, v, *_):
+    wide = jax.numpy.pad(v, [(0, 0)] * 3 + [(0, q.shape[-1] - v.shape[-1])])  # as latent keys are
+    return jax.nn.dot_product_attention(q, k, wide, is_causal=True)[..., : v.shape[-1]]
+
+  monkeypatch.setattr(plain, "attend", attend)
+  monkeypatch.setattr(plain, "gmm", lambda x, w, sizes, *_, **__: jax.lax.ragged_dot(x, w, sizes))
+  model = plain.MODELS[name]
+  few = lambda s: {"experts": 8, "active": 2} if s.experts else {}
+  stages = [
+    dataclasses.replace(s, repeat=1, hidden=32, windows=(8,), **few(s)) for s in model.stages
+  ]
+  small = {"latent": plain.Latent(16, 16, 8), "groups": 4} if model.latent else {"kv_heads": 1}
+  small |= {"width": 32, "heads": 2, "head_dim": 16, "vocab": 64, "stages": tuple(stages)}
+  model = dataclasses.replace(model, **small)
+  params = plain.init(jax.random.key(0), model)
+  tokens = jax.random.randint(jax.random.key(1), (1, 33), 0, model.vocab)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), (plain.AXIS,))
+  assert jax.tree.structure(plain.places(mesh, model)) == jax.tree.structure(params)
+  loss = lambda params: plain.loss(mesh, model, ("gate",), params, tokens[:, :-1], tokens[:, 1:])
+  value, grads = jax.jit(jax.value_and_grad(loss))(params)
+  np.testing.assert_allclose(value, np.log(model.vocab), rtol=0.1)  # its weights are still small
+  leaves = jax.tree_util.tree_leaves_with_path(grads)
+  assert [path[-1].key for path, leaf in leaves if not abs(leaf).max() > 0] == still
