@@ -84,38 +84,92 @@ def partial(equation: str, axes: sharding.Axes, *rows: jax.Array, precision: Any
   )
 
 
-def nothing(axes: sharding.Axes, shape: tuple[int, ...]) -> jax.Array:
-  """What `partial` gives where there are no tokens: zeros, of a parameter of this shape."""
-  layout = sharding.active()
-  if layout is None or not (layout.explicit or layout.token_axes):
-    return jnp.zeros((1, *shape), jnp.float32)
-  tokens = layout.token_axes
-  zeros = jnp.zeros((math.prod(layout.mesh.shape[m] for m in tokens), *shape), jnp.float32)
-  return sharding.place(zeros, PartitionSpec(tokens or None, *layout.gathered(axes, shape).spec))
-
-
 def scatter(shares: jax.Array, axes: sharding.Axes) -> jax.Array:
   """The sum of the `partial` products of a parameter with these axes, split as the parameter is.
 
   Of what it is asked to add up and split, XLA's partitioner would make the whole sum on every
   device first: here no device receives more than its own part.
   """
+  return total(split(shares, axes), axes)
+
+
+def in_turn(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Both, there at the same time: what is made of one of them waits for the other, and on the way
+  back likewise. For the TPU's compiler, which else makes all shares of gradients before it adds up
+  and splits any.
+  """
+  layout = sharding.active()
+  if layout is None or not layout.token_axes or sharding.platform() not in TPU:
+    return first, second
+  return jax.lax.optimization_barrier((first, second))
+
+
+def split(shares: jax.Array, axes: sharding.Axes) -> jax.Array:
+  """Of the sum of `partial` products each device's own part -> [ways ...]; the shares are left of
+  devices that have the same part, which `total` adds up.
+  """
   layout, shape = sharding.active(), shares.shape[1:]
-  if layout is None or not (tokens := layout.token_axes):
-    return sharding.constrain(shares[0], *axes)
-  new, place = layout.shares(axes, shape)
-  rest = tuple(m for m in tokens if not any(m in names for names in new))
+  if layout is None or not layout.token_axes:
+    return shares
+  new, place, rest = _parts(layout, axes, shape)
 
   def add(shares: jax.Array) -> jax.Array:
-    total = shares[0]
+    part = shares[0]
     for i, names in enumerate(new):
-      total = add_and_split(total, names, i) if names else total
-    return jax.lax.psum(total, rest) if rest else total
+      part = add_and_split(part, names, i) if names else part
+    return part[None]
 
-  total = sharding.by_device(add, PartitionSpec(tokens, *layout.gathered(axes, shape).spec), place)(
-    shares
-  )
-  return sharding.constrain(total, *axes)
+  given = PartitionSpec(layout.token_axes, *layout.gathered(axes, shape).spec)
+  return sharding.by_device(add, given, PartitionSpec(sharding.entry_of(rest), *place))(shares)
+
+
+def total(parts: jax.Array, axes: sharding.Axes) -> jax.Array:
+  """What `split` gives [ways ...], or a sum of such -> the parameter's gradient."""
+  return joined(parts[None], axes, 0)
+
+
+def joined(pieces: jax.Array, axes: sharding.Axes, dimension: int) -> jax.Array:
+  """As `total`, where of a dimension the parts of all devices came in pieces [pieces ways ...]."""
+  layout = sharding.active()
+
+  def join(pieces: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(pieces[:, 0], 0, dimension)
+    return x.reshape(*x.shape[:dimension], -1, *x.shape[dimension + 2 :])
+
+  if layout is None or not layout.token_axes:
+    return sharding.constrain(join(pieces), *axes)
+  _, place, rest = _parts(layout, axes, pieces.shape[2:])
+  add = lambda pieces: jax.lax.psum(join(pieces), rest) if rest else join(pieces)
+  given = PartitionSpec(None, sharding.entry_of(rest), *place)
+  return sharding.constrain(sharding.by_device(add, given, place)(pieces), *axes)
+
+
+def nothing(axes: sharding.Axes, shape: tuple[int, ...]) -> jax.Array:
+  """What `split` gives where there are no tokens: zeros, of a parameter of this shape."""
+  layout = sharding.active()
+  if layout is None or not (layout.explicit or layout.token_axes):
+    return jnp.zeros((1, *shape), jnp.float32)
+  _, place, rest = _parts(layout, axes, shape)
+  zeros = jnp.zeros((math.prod(layout.mesh.shape[m] for m in rest), *shape), jnp.float32)
+  return sharding.place(zeros, PartitionSpec(sharding.entry_of(rest), *place))
+
+
+def ways(axes: sharding.Axes, shape: tuple[int, ...], dimension: int) -> int:
+  """Among how many devices a dimension of a parameter is divided, if `split` divides it at all."""
+  layout = sharding.active()
+  if layout is None:
+    return 1
+  new, place, _ = _parts(layout, axes, shape)
+  names = sharding.names_of(place[dimension]) if new[dimension] else ()
+  return math.prod(layout.mesh.shape[m] for m in names)
+
+
+def _parts(
+  layout: sharding.Layout, axes: sharding.Axes, shape: tuple[int, ...]
+) -> tuple[list[tuple[str, ...]], PartitionSpec, tuple[str, ...]]:
+  """As `Layout.shares`, and the mesh axes that split tokens but not the parameter."""
+  new, place = layout.shares(axes, shape)
+  return new, place, tuple(m for m in layout.token_axes if not any(m in names for names in new))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))

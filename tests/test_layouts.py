@@ -161,6 +161,26 @@ def test_nor_does_it_where_types_say_how_arrays_are_split(layout, model, parts):
   assert loss < 1e-5 and parameters < 1e-4
 
 
+@pytest.mark.parametrize("mode", ["auto", pytest.param("explicit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "layout",
+  [
+    pytest.param(
+      name,
+      marks=() if name in ("2d_fsdp", "context 2 tensor_transpose 2 fsdp 2") else pytest.mark.slow,
+    )
+    for name in LAYOUTS
+  ],
+)
+@pytest.mark.parametrize("model", ["gqa", pytest.param("learned", marks=pytest.mark.slow)])
+def test_nor_does_it_with_the_loss_in_tiles(layout, model, mode):
+  """The unembedding's gradient is sent in pieces then; `learned` ties it to the embedding."""
+  mesh = (*LAYOUTS[layout], f"shard_mode={mode}", "num_vocab_tiling=2")
+  loss, parameters = apart(trained(mesh, MODELS[model], ROWS, LENGTH, 1), run(None, model))
+  print(f"{layout}, {mode}, in tiles | {model} | {loss:.1e} | {parameters:.1e}")
+  assert loss < 1e-5 and parameters < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "length", "parts"), [(8, 8, 1), (16, 128, 2), (64, 16, 1)])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "8" not in name])

@@ -19,6 +19,7 @@ from maxtext.config import Config
 from maxtext.kernels import LONG
 from maxtext.layers.schedule import STAGE, Schedule
 from maxtext.layers.stacking import INPUT, spared
+from maxtext.objectives.cross_entropy import PIECES
 from maxtext.sharding import Declared, Rules, names_of, split_further
 from maxtext.specs import AttentionSpec, BlockSpec, DecoderSpec, DeltaSpec, MlpSpec, Stage
 
@@ -229,15 +230,18 @@ class Model:
 
   def _points(self, local: _Local, tiles: int) -> dict[str, int]:
     """Bytes that only one point of the step has, by its name."""
-    head = local.parts.joined(self.params.get("unembedding", self.params["embedding"]))
+    last = self.params.get("unembedding", self.params["embedding"])
+    head, tile = local.parts.joined(last), local.tokens * local.vocab // tiles
     joined, narrow = head * self.working, self.width if self.working > self.width else 0
-    tile, sums = local.tokens * local.vocab // tiles, 1 if tiles == 1 else 2
+    share, sums = head, 1 if tiles == 1 else 2
+    if tiles > 1 and local.parts.here(last) < head:  # made and sent piece by piece
+      share = max(head // PIECES, min(head, tile // 2))
     # logits, and what becomes their gradient: which a CPU makes in float32 as well
     softmax = (F32 + self.working) * tile
-    product = (F32 + narrow if self.cpu else self.width) * tile + narrow * head + sums * F32 * head
+    product = (F32 + narrow if self.cpu else self.width) * tile + narrow * head + sums * F32 * share
     points = {
       "forward": joined,  # a CPU joins the unembedding ahead of time
-      "loss": joined + max(softmax, product, 3 * F32 * head),
+      "loss": joined + max(softmax, product, 3 * F32 * share),
       "backward": 0,
     }
     for s, stage in enumerate(self.spec.stages):

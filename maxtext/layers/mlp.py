@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from maxtext import collectives
 from maxtext.layers.params import Compute, Dense
 from maxtext.sharding import constrain
 from maxtext.specs import MlpSpec
@@ -40,6 +41,7 @@ class Mlp(nnx.Module):
     up = checkpoint_name(self._wide(self.up, x), "mlpwi_1")
     gate = None
     if self.gate is not None:
+      up, x = collectives.in_turn(up, x)
       gate = checkpoint_name(self._wide(self.gate, x), "mlpwi_0")
     y = activated(self.spec, up, gate)
     return checkpoint_name(self.down(y), "mlpwo")

@@ -202,9 +202,20 @@ class Moe(nnx.Module):
     return y + dot("bte,ed->btd", share.astype(y.dtype), self.down.bias, self.compute)
 
 
+@jax.custom_vjp
 def _times(x: jax.Array, share: jax.Array) -> jax.Array:
   """x [... d] times [...], in float32 before it is rounded to the dtype of x."""
   return (x * share[..., None]).astype(x.dtype)
+
+
+def _times_backward(saved: Arrays, g: jax.Array) -> Arrays:
+  """Both gradients from what is rounded, so that nothing as large as x is there in float32."""
+  x, share = saved
+  dshare = jnp.einsum("...d,...d->...", g, x, preferred_element_type=jnp.float32)
+  return (g * share[..., None]).astype(x.dtype), dshare.astype(share.dtype)
+
+
+_times.defvjp(lambda x, share: (_times(x, share), (x, share)), _times_backward)
 
 
 # What a device does with its own tokens: choices are numbered token by token, k for each.
@@ -264,7 +275,8 @@ def _rise_of_all(
   x, equation = peers.gathered(x), "btwd,edf->btwef"
   if spec.weigh_inputs:
     share = peers.swapped(share, 2).reshape(*x.shape[:3], peers.each)
-    x, equation = _times(x[:, :, :, None], share), "btwed,edf->btwef"
+    each = jnp.broadcast_to(x[:, :, :, None], (*share.shape, x.shape[-1]))
+    x, equation = _times(each, share), "btwed,edf->btwef"
   made = []
   for kernel, *bias in _layers(spec, params):
     y = contract(equation, x, kernel, RISE, compute)

@@ -106,11 +106,11 @@ def _dot_backward(equation, axes, precision, saved, g):
   x, w = saved
   inputs, out = equation.split("->")
   a, b = inputs.split(",")
+  shares = collectives.partial(f"{a},{out}->{b}", axes, x, g, precision=precision)
+  dw, g = collectives.in_turn(collectives.scatter(shares, axes), g)
   dx = sharding.einsum(
     f"{out},{b}->{a}", g, collectives.gather(w.astype(x.dtype), axes), precision=precision, like=x
   )
-  shares = collectives.partial(f"{a},{out}->{b}", axes, x, g, precision=precision)
-  dw = collectives.scatter(shares, axes)
   return dx, dw.astype(w.dtype)
 
 

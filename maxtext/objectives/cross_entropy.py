@@ -18,6 +18,7 @@ from jax import lax
 from maxtext import collectives, sharding
 
 Sums = tuple[jax.Array, jax.Array, jax.Array]
+PIECES = 8  # of a gradient, at most: products of fewer channels keep no chip busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,30 +57,47 @@ def cross_entropy(
 def _sums(head: Head, x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
   used = collectives.gather(w.astype(x.dtype), head.axes)
 
-  def tile(sums: Sums, part: tuple) -> tuple[Sums, None]:
+  def tile(sums: Sums, i: jax.Array) -> tuple[Sums, None]:
+    part = (_of_tile(column, i) for column in (x, targets, weights))
     return _add(sums, _tile(head, used, *part)[0]), None
 
-  return lax.scan(tile, _zeros(), _cut(head, x, targets, weights))[0]
+  x, targets, weights = (_in_tiles(head, column) for column in (x, targets, weights))
+  return lax.scan(tile, _zeros(), jnp.arange(head.tiles))[0]
 
 
 def _forward(head: Head, x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array):
   used = collectives.gather(w.astype(x.dtype), head.axes)
   a, b, out = head.equation.replace("->", ",").split(",")
+  at = b.index(a[-1])  # the width, which is contracted
+  pieces, ways = _pieces(head, x, w.shape, at)
+  shape = (*w.shape[:at], w.shape[at] // pieces, *w.shape[at + 1 :])
 
-  def tile(carry: tuple[Sums, jax.Array], part: tuple):
-    sums, shares = carry
-    new, dlogits = _tile(head, used, *part)
-    dx = sharding.einsum(f"{out},{b}->{a}", dlogits, used, precision=head.precision, like=part[0])
-    more = collectives.partial(
-      f"{a},{out}->{b}", head.axes, part[0], dlogits, precision=head.precision
-    )
-    return (_add(sums, new), shares + more), dx
+  def tile(carry: tuple[Sums, jax.Array, jax.Array], i: jax.Array):
+    sums, dw, xs = carry
+    x = _of_tile(xs, i)
+    new, dlogits = _tile(head, used, x, _of_tile(targets, i), _of_tile(weights, i))
+    dx = sharding.einsum(f"{out},{b}->{a}", dlogits, used, precision=head.precision, like=x)
 
-  none = _zeros(), collectives.nothing(head.axes, w.shape)
-  (sums, shares), dx = lax.scan(tile, none, _cut(head, x, targets, weights))
-  # added up before anything else: the shares, a whole unembedding in float32, would be kept until
-  # the end of the backward pass, to be sent along with the embedding's
-  dx, dw = lax.optimization_barrier((_join(dx), collectives.scatter(shares, head.axes)))
+    def piece(_: None, each: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+      dw, x = each
+      share = collectives.partial(
+        f"{a},{out}->{b}", head.axes, x, dlogits, precision=head.precision
+      )
+      return None, dw + collectives.split(share, head.axes)
+
+    # one after the other: so no device ever holds its share of the whole gradient, in float32
+    _, dw = lax.scan(piece, None, (dw, _take_apart(x, pieces, ways)), unroll=pieces == 1)
+    # x is not needed any more: its gradient takes its place
+    dx = dx.reshape(*xs.shape[:2], *xs.shape[3:])
+    return (_add(sums, new), dw, lax.dynamic_update_index_in_dim(xs, dx, i, 2)), None
+
+  none = jnp.stack([collectives.nothing(head.axes, shape)] * pieces)
+  targets, weights = _in_tiles(head, targets), _in_tiles(head, weights)
+  carry = _zeros(), none, _in_tiles(head, x)
+  (sums, dw, dx), _ = lax.scan(tile, carry, jnp.arange(head.tiles))
+  # added up before anything else, and not kept until the end of the backward pass, to be sent along
+  # with the embedding's
+  dx, dw = lax.optimization_barrier((dx.reshape(x.shape), collectives.joined(dw, head.axes, at)))
   return sums, (dx, dw.astype(w.dtype))
 
 
@@ -129,17 +147,43 @@ def _add(a: Sums, b: Sums) -> Sums:
   return a[0] + b[0], a[1] + b[1], a[2] + b[2]
 
 
-def _cut(head: Head, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """[b t ...] -> [tiles b t/tiles ...], each: every tile takes tokens from all of the length, so
-  that one that is split over devices stays where it is.
+def _in_tiles(head: Head, x: jax.Array) -> jax.Array:
+  """[b t ...] -> [b ways tiles t/(ways tiles) ...]: of a length that is split over devices every
+  tile has tokens of each, so that they stay where they are.
   """
-  n = head.tiles
-  return tuple(
-    jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // n, n, *x.shape[2:]), 2, 0) for x in arrays
-  )
+  layout = sharding.active()
+  ways = 1 if layout is None else layout.ways(sharding.LENGTH)
+  b, t, *rest = x.shape
+  return x.reshape(b, ways, head.tiles, t // (ways * head.tiles), *rest)
 
 
-def _join(x: jax.Array) -> jax.Array:
-  """[tiles b t/tiles d] -> [b t d]."""
-  x = jnp.moveaxis(x, 0, 2)
-  return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3])
+def _of_tile(x: jax.Array, i: jax.Array) -> jax.Array:
+  """[b ways tiles t ...] -> [b (ways t) ...]."""
+  x = lax.dynamic_index_in_dim(x, i, 2, keepdims=False)
+  return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+
+
+def _pieces(head: Head, x: jax.Array, shape: tuple[int, ...], at: int) -> tuple[int, int]:
+  """In how many pieces of the width a tile's share of the unembedding's gradient is made, so that
+  none is larger than half the tile's logits, which are gone by then; and over how many devices the
+  width is split, dimension `at` of this shape.
+  """
+  layout, width = sharding.active(), shape[at]
+  ways = collectives.ways(head.axes, shape, at)
+  if layout is None or ways == 1 or head.tiles == 1:
+    return 1, ways
+  tokens = x.shape[0] * x.shape[1] // head.tiles
+  tokens //= layout.batch_ways * layout.ways(sharding.LENGTH)
+  pieces = 1
+  while pieces < PIECES and pieces * tokens < 2 * width and width % (2 * pieces * ways) == 0:
+    pieces *= 2
+  return pieces, ways
+
+
+def _take_apart(x: jax.Array, pieces: int, ways: int) -> jax.Array:
+  """x [b t d] of which d is split over devices elsewhere -> [pieces b t d/pieces]: of a piece every
+  device has a part.
+  """
+  b, t, d = x.shape
+  x = jnp.moveaxis(x.reshape(b, t, ways, pieces, d // (ways * pieces)), 3, 0)
+  return x.reshape(pieces, b, t, d // pieces)
