@@ -118,7 +118,7 @@ class Moe(nnx.Module):
     """Only the products that are needed: choices expert by expert, padding after them."""
     spec, compute, peers = self.spec, self.compute, self._peers
     product = Product.on(sharding.platform(), compute.experts.megablox, compute.matmul_precision)
-    one, wide = (None,), (None, "activation_mlp")
+    one, wide = (None,), ("activation_mlp",)
     work = functools.partial(Work, peers=peers.names, dtype=compute.dtype)
     sort = Work(functools.partial(_sorted, peers, spec.experts), (one, ()), (one, one))
     order, counts = run(sort, [experts, real])
@@ -211,6 +211,7 @@ def _times(x: jax.Array, share: jax.Array) -> jax.Array:
 def _times_backward(saved: Arrays, g: jax.Array) -> Arrays:
   """Both gradients from what is rounded, so that nothing as large as x is there in float32."""
   x, share = saved
+  x, g = jax.lax.optimization_barrier((x, g))  # else x is made in float32 beside itself
   dshare = jnp.einsum("...d,...d->...", g, x, preferred_element_type=jnp.float32)
   return (g * share[..., None]).astype(x.dtype), dshare.astype(share.dtype)
 
@@ -233,7 +234,9 @@ def _sorted(peers: Peers, count: int, tokens: Arrays, _: Arrays) -> Arrays:
 
 
 def _rise(product: Product, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Arrays) -> Arrays:
-  """x [b t d] and the sorted choices -> gate and up, or up alone [b t k f]."""
+  """x [b t d] and the sorted choices -> gate and up, or up alone [b (t k) f]:
+  with k apart, the TPU's compiler would lay out every row anew for each product.
+  """
   x, weights, order, counts = tokens
   rows = _dealt_out(x.reshape(-1, x.shape[-1]), order.reshape(order.size), order.shape[2])
   if spec.weigh_inputs:
@@ -245,12 +248,12 @@ def _rise(product: Product, spec: MoeSpec, peers: Peers, tokens: Arrays, params:
     if bias:
       group = jnp.repeat(jnp.arange(peers.each), sizes, total_repeat_length=rows.shape[0])
       y = y + bias[0][group].astype(y.dtype)
-    made.append(y.reshape(*x.shape[:2], peers.room, y.shape[-1]))
+    made.append(y.reshape(x.shape[0], x.shape[1] * peers.room, y.shape[-1]))
   return tuple(made)
 
 
 def _fall(product: Product, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Arrays) -> Arrays:
-  """Hidden activations of the sorted choices [b t k f] -> the tokens' sums [b t d]."""
+  """Hidden activations of the sorted choices [b (t k) f] -> the tokens' sums [b t d]."""
   h, weights, order, counts = tokens
   rows = h.reshape(h.size // h.shape[-1], h.shape[-1])
   if not spec.weigh_inputs:
