@@ -97,9 +97,14 @@ def in_turn(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Both, there at the same time: what is made of one of them waits for the other, and on the way
   back likewise. For the TPU's compiler, which else makes all shares of gradients before it adds up
   and splits any.
+
+  Not where hidden activations are split: shares are smaller there, and what comes back are parts of
+  sums, which are better added up before they are sent.
   """
   layout = sharding.active()
   if layout is None or not layout.token_axes or sharding.platform() not in TPU:
+    return first, second
+  if layout.ways("activation_mlp") > 1:
     return first, second
   return jax.lax.optimization_barrier((first, second))
 

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxtext import collectives as sent
 from maxtext import config, program, sharding
+from maxtext.layers.params import Compute, contract
 from maxtext.objectives import cross_entropy
 from tests.chips import printed
 
@@ -146,6 +148,28 @@ def test_over_all_devices_two_steps_do_what_one_does(sizes, dimension, monkeypat
   whole = run(lambda part: sent.join(part, names, dimension)[None], split, P(names)).lower(x[0])
   assert whole.as_text().count('"stablehlo.all_gather"') == 2
   np.testing.assert_array_equal(whole.compile()(x[0]), np.stack([x[0]] * 8))
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_on_tpus_a_gradient_is_added_up_before_the_next_is_made(tensor, monkeypatch):
+  """Unless hidden activations are split; and it changes no number."""
+  mesh = Mesh(np.array(jax.devices()[:8]).reshape(8 // tensor, tensor), ("fsdp", "tensor"))
+  table = {"activation_batch": ("fsdp",), "embed": ("fsdp",), "mlp": ("tensor",)}
+  rules = sharding.Rules({**table, "activation_length": (), "activation_mlp": ("tensor",)})
+  layout = sharding.Layout(mesh, rules)
+  monkeypatch.setattr(sent, "TPU", ("cpu",))
+  monkeypatch.setattr(sent, "torus", lambda mesh: (8, 8, 1))
+  x = jax.random.normal(jax.random.key(0), (8, 4, 16))
+  w = jax.random.normal(jax.random.key(1), (16, 24))
+
+  def product(x, w):
+    return jnp.sin(contract("btd,df->btf", x, w, ("embed", "mlp"), Compute())).sum()
+
+  grads = jax.grad(product, (0, 1))
+  lowered = jax.jit(sharding.within(layout, grads)).lower(x, w)
+  assert ("optimization_barrier" in lowered.as_text()) == (tensor == 1)
+  for found, wanted in zip(lowered.compile()(x, w), grads(x, w)):
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_a_torus_is_seen_as_the_mesh_counts_its_chips():
