@@ -90,7 +90,7 @@ def scatter(shares: jax.Array, axes: sharding.Axes) -> jax.Array:
   Of what it is asked to add up and split, XLA's partitioner would make the whole sum on every
   device first: here no device receives more than its own part.
   """
-  return total(split(shares, axes), axes)
+  return joined(split(shares, axes)[None], axes, 0)
 
 
 def in_turn(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -111,7 +111,7 @@ def in_turn(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def split(shares: jax.Array, axes: sharding.Axes) -> jax.Array:
   """Of the sum of `partial` products each device's own part -> [ways ...]; the shares are left of
-  devices that have the same part, which `total` adds up.
+  devices that have the same part, which `joined` adds up.
   """
   layout, shape = sharding.active(), shares.shape[1:]
   if layout is None or not layout.token_axes:
@@ -128,13 +128,10 @@ def split(shares: jax.Array, axes: sharding.Axes) -> jax.Array:
   return sharding.by_device(add, given, PartitionSpec(sharding.entry_of(rest), *place))(shares)
 
 
-def total(parts: jax.Array, axes: sharding.Axes) -> jax.Array:
-  """What `split` gives [ways ...], or a sum of such -> the parameter's gradient."""
-  return joined(parts[None], axes, 0)
-
-
 def joined(pieces: jax.Array, axes: sharding.Axes, dimension: int) -> jax.Array:
-  """As `total`, where of a dimension the parts of all devices came in pieces [pieces ways ...]."""
+  """What `split` gives, or a sum of such -> the parameter's gradient; of a dimension every device's
+  part comes in pieces [pieces ways ...].
+  """
   layout = sharding.active()
 
   def join(pieces: jax.Array) -> jax.Array:
