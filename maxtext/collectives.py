@@ -93,8 +93,8 @@ def scatter(shares: jax.Array, axes: sharding.Axes) -> jax.Array:
   return joined(split(shares, axes)[None], axes, 0)
 
 
-def in_turn(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Both, there at the same time: what is made of one of them waits for the other, and on the way
+def in_turn(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """All, there at the same time: what is made of one of them waits for the others, and on the way
   back likewise. For the TPU's compiler, which else makes all shares of gradients before it adds up
   and splits any.
 
@@ -103,10 +103,8 @@ def in_turn(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
   """
   layout = sharding.active()
   if layout is None or not layout.token_axes or sharding.platform() not in TPU:
-    return first, second
-  if layout.ways("activation_mlp") > 1:
-    return first, second
-  return jax.lax.optimization_barrier((first, second))
+    return arrays
+  return arrays if layout.ways("activation_mlp") > 1 else jax.lax.optimization_barrier(arrays)
 
 
 def split(shares: jax.Array, axes: sharding.Axes) -> jax.Array:

@@ -199,10 +199,14 @@ _NOTHING = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def use(layout: Layout | None) -> Iterator[None]:
-  """While inside, what is traced of the functions below places arrays by `layout`."""
+def use(layout: Layout | None, apart: bool = False) -> Iterator[None]:
+  """While inside, what is traced of the functions below places arrays by `layout`. With `apart` it
+  is a program of one device, whose arrays have no types that say how they are split.
+  """
   token = _active.set(layout)
-  mesh = layout.mesh.abstract_mesh if layout is not None and layout.explicit else None
+  mesh = None
+  if layout is not None and layout.explicit and not apart:
+    mesh = layout.mesh.abstract_mesh
   try:
     with _NOTHING if mesh is None else jax.sharding.use_abstract_mesh(mesh):
       yield

@@ -39,26 +39,44 @@ class Product:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def grouped_matmul(product: Product, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-  """x [m d], w [e d f], rows of each group sizes [e] -> [m f] in the dtype of x; 0 after the last
-  group.
+def grouped_matmul(
+  product: Product,
+  x: jax.Array,
+  w: jax.Array,
+  sizes: jax.Array,
+  share: jax.Array | None = None,
+) -> jax.Array:
+  """x [m d], w [e d f], rows of each group sizes [e] -> [m f] in the dtype of x, times share [m];
+  0 after the last group.
 
-  The gradient by w is summed in float32.
+  The gradient by w is summed in float32; that by the shares takes no further product, and nothing
+  as wide as x is there times its share.
   """
-  return _grouped(product, x, w.astype(x.dtype), sizes)
+  y = _grouped(product, x, w.astype(x.dtype), sizes)
+  return y if share is None else _times(y, share)
 
 
-def _forward(product: Product, x: jax.Array, w: jax.Array, sizes: jax.Array):
-  return grouped_matmul(product, x, w, sizes), (x, w, sizes)
+def _forward(
+  product: Product, x: jax.Array, w: jax.Array, sizes: jax.Array, share: jax.Array | None = None
+):
+  return grouped_matmul(product, x, w, sizes, share), (x, w, sizes, share)
 
 
 def _backward(product: Product, saved: Any, g: jax.Array):
-  x, w, sizes = saved
-  dx = _grouped(product, g, w.astype(x.dtype), sizes, turned=True)
-  return dx, _outer(product, x, g, sizes).astype(w.dtype), None
+  x, w, sizes, share = saved
+  dw = _outer(product, x, g if share is None else _times(g, share), sizes).astype(w.dtype)
+  dx, dshare = _grouped(product, g, w.astype(x.dtype), sizes, turned=True), None
+  if share is not None:
+    dshare = jnp.einsum("md,md->m", dx, x, preferred_element_type=jnp.float32).astype(share.dtype)
+    dx = _times(dx, share)
+  return dx, dw, None, dshare
 
 
 grouped_matmul.defvjp(_forward, _backward)
+
+
+def _times(x: jax.Array, share: jax.Array) -> jax.Array:
+  return (x * share[:, None]).astype(x.dtype)
 
 
 def _grouped(

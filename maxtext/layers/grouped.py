@@ -20,6 +20,8 @@ from maxtext.masks import Mask
 from maxtext.sharding import constrain
 from maxtext.specs import AttentionSpec, TemperatureSpec
 
+LANES = 128  # of a TPU, over which the last dimension of an array lies
+
 C = TypeVar("C", bound="Cache")
 Axes = tuple[str | None, ...]
 Pair = tuple[jax.Array, jax.Array]
@@ -185,9 +187,9 @@ class GroupedAttention(nnx.Module):
     else:
       (q, gate), (k, v) = self._queries(x), taken
       q = self._prepared_queries(q, mask, positions)
-    q = checkpoint_name(constrain(q, *names.query), "query_proj")
-    k = checkpoint_name(constrain(k, *names.key), "key_proj")
-    v = checkpoint_name(constrain(v, *names.value), "value_proj")
+    q = _tagged(constrain(q, *names.query), "query_proj")
+    k = _tagged(constrain(k, *names.key), "key_proj")
+    v = _tagged(constrain(v, *names.value), "value_proj")
     y, cache = self._attend(q, k, v, mask, cache, seed)
     y = constrain(y, *names.out)  # tagged by the kernel, with what else its gradient needs
     y = y if gate is None else y * jax.nn.sigmoid(gate)
@@ -293,6 +295,16 @@ class GroupedAttention(nnx.Module):
     kernel = compute.decode_kernel or compute.kernel if queries == 1 else compute.kernel
     y = kernels.attend(kernel, q, k, v, mask, scores, sink, seed)
     return y[:, :queries] if twice else y, cache
+
+
+def _tagged(x: jax.Array, name: str) -> jax.Array:
+  """x [... h k] itself. What is kept of it has its heads side by side where they are narrower than
+  the lanes of a TPU, which would be filled up with zeros.
+  """
+  if x.ndim < 4 or x.shape[-1] % LANES == 0:
+    return checkpoint_name(x, name)
+  flat = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+  return checkpoint_name(flat, name).reshape(x.shape)
 
 
 def _tempered(q: jax.Array, positions: jax.Array, spec: TemperatureSpec) -> jax.Array:

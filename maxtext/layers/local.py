@@ -22,25 +22,93 @@ Axes = tuple[str | None, ...]
 WIDE = {"mlp": "activation_mlp"}  # what stays split, of parameters and of arrays over tokens
 
 
+class Weight:
+  """A parameter of which a device has its part, as the device's program takes it."""
+
+  def __init__(self, part: jax.Array, dtype: jnp.dtype, place: _Place | None, number: int):
+    self._part, self._dtype, self._place, self._number = part, dtype, place, number
+
+  def product(
+    self,
+    function: Callable[..., jax.Array],
+    *rows: jax.Array,
+    beside: Sequence[jax.Array] = (),
+  ) -> Arrays:
+    """What function(whole parameter, *rows) makes, and those `beside` it as they are.
+
+    On the way back the gradients of rows and of those beside wait until the parameter's was added
+    up and split: no two parameters' sums over a device's tokens are there at once.
+    """
+    place = self._place
+    if place is None:
+      return function(self._part, *rows), *beside
+
+    @jax.custom_vjp
+    def made(part: jax.Array, rows: Arrays, beside: Arrays) -> Arrays:
+      return function(self._joined(part), *rows), *beside
+
+    def backward(saved: tuple[jax.Array, Arrays], grads: Arrays) -> tuple:
+      part, rows = saved
+      whole = self._joined(part)
+      (dwhole,) = jax.vjp(lambda whole: function(whole, *rows), whole)[1](grads[0])
+      with sharding.use(place.layout, apart=True):
+        dpart = place.scattered(dwhole, self._number)
+        dpart, g, *others = collectives.in_turn(dpart, *grads)
+      return dpart, jax.vjp(functools.partial(function, whole), *rows)[1](g), tuple(others)
+
+    made.defvjp(lambda part, rows, beside: (made(part, rows, beside), (part, rows)), backward)
+    return made(self._part, rows, tuple(beside))
+
+  @property
+  def whole(self) -> jax.Array:
+    """The parameter by itself, for what is as small as a bias."""
+    place = self._place
+    if place is None:
+      return self._part
+
+    def backward(_: None, g: jax.Array) -> tuple[jax.Array]:
+      with sharding.use(place.layout, apart=True):
+        return (place.scattered(g, self._number),)
+
+    entered = jax.custom_vjp(self._joined)
+    entered.defvjp(lambda part: (self._joined(part), None), backward)
+    return entered(self._part)
+
+  def _joined(self, part: jax.Array) -> jax.Array:
+    """Of what is rounded, and of its dtype again."""
+    assert self._place is not None
+    with sharding.use(self._place.layout, apart=True):
+      return self._place.joined(part.astype(self._dtype), self._number).astype(part.dtype)
+
+
+Weights = tuple[Weight, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """A program of one device, function(tokens, params) -> tokens, and the logical axes of its
+  """A program of one device, function(tokens, weights) -> tokens, and the logical axes of its
   arrays: over tokens those after [b t], of parameters all.
 
   Of all these axes only those in WIDE stay split, and those of experts over the mesh axes of
   `peers`: the program has those of one device then, and of its tokens sends what others need. What
   is not split of the outputs is a part of a sum, and is added up; so is the gradient of such an
   input. The second dimension of the tokens is split as their length is, or over the mesh axes
-  `second`. Parameters are cast to `dtype`, and their gradients summed in float32.
+  `second`. Parameters are rounded to `dtype`, and their gradients summed in float32.
   """
 
-  function: Callable[[Arrays, Arrays], Arrays]
+  function: Callable[[Arrays, Weights], Arrays]
   inputs: tuple[Axes, ...]
   outputs: tuple[Axes, ...]
   params: tuple[Axes, ...] = ()
   peers: tuple[str, ...] = ()
   second: tuple[str, ...] | None = None
   dtype: jnp.dtype = jnp.dtype("float32")
+
+  def on_one(self, place: _Place | None, tokens: Arrays, params: Arrays) -> Arrays:
+    """What the program makes where its arrays are, parts of sums among them."""
+    weights = (Weight(p, self.dtype, place, i) for i, p in enumerate(params))
+    with sharding.use(None):
+      return self.function(tokens, tuple(weights))
 
 
 def run(work: Work, tokens: Sequence[jax.Array], params: Sequence[nnx.Param] = ()) -> Arrays:
@@ -53,12 +121,10 @@ def run(work: Work, tokens: Sequence[jax.Array], params: Sequence[nnx.Param] = (
 def _run(work: Work, tokens: Arrays, params: Arrays) -> Arrays:
   params = tuple(p.astype(work.dtype) for p in params)
   if (place := _Place.of(work)) is None:
-    return work.function(tokens, params)
+    return work.on_one(None, tokens, params)
 
   def one(tokens: Arrays, params: Arrays) -> Arrays:
-    whole = place.joined(params)
-    with sharding.use(None):
-      return place.added(work.function(tokens, whole), work.outputs)
+    return place.added(work.on_one(place, tokens, params), work.outputs)
 
   inputs = tuple(map(place.tokens, work.inputs))
   return sharding.by_device(one, (inputs, place.params), tuple(map(place.tokens, work.outputs)))(
@@ -72,7 +138,6 @@ def _forward(work: Work, tokens: Arrays, params: Arrays):
 
 def _backward(work: Work, saved: tuple[Arrays, Arrays], g: Arrays):
   tokens, params = saved
-  cast = tuple(p.astype(work.dtype) for p in params)
   moving = [jnp.issubdtype(x.dtype, jnp.inexact) for x in tokens]
   axes = tuple(a for a, moves in zip(work.inputs, moving) if moves)
   place = _Place.of(work)
@@ -80,17 +145,15 @@ def _backward(work: Work, saved: tuple[Arrays, Arrays], g: Arrays):
   def one(tokens: Arrays, params: Arrays, g: Arrays) -> tuple[Arrays, Arrays]:
     def function(moved: Arrays, params: Arrays) -> Arrays:
       left = iter(moved)
-      return work.function(tuple(next(left) if m else x for x, m in zip(tokens, moving)), params)
+      given = tuple(next(left) if m else x for x, m in zip(tokens, moving))
+      return work.on_one(place, given, params)
 
     moved = tuple(x for x, moves in zip(tokens, moving) if moves)
-    whole = params if place is None else place.joined(params)
-    # the program casts them back, and the gradient stays in float32
+    # the program rounds them again, and gradients stay in float32
+    _, pull = jax.vjp(function, moved, tuple(p.astype(jnp.float32) for p in params))
     with sharding.use(None):
-      _, pull = jax.vjp(function, moved, tuple(p.astype(jnp.float32) for p in whole))
       dtokens, dparams = pull(g)
-    if place is None:
-      return dtokens, dparams
-    return place.added(dtokens, axes), place.scattered(dparams)
+    return dtokens if place is None else place.added(dtokens, axes), dparams
 
   if place is not None:
     spots = tuple(map(place.tokens, work.inputs))
@@ -99,7 +162,7 @@ def _backward(work: Work, saved: tuple[Arrays, Arrays], g: Arrays):
       (spots, place.params, tuple(map(place.tokens, work.outputs))),
       (tuple(map(place.tokens, axes)), place.params),
     )
-  dtokens, dparams = one(tokens, cast, g)
+  dtokens, dparams = one(tokens, tuple(p.astype(work.dtype) for p in params), g)
   left = iter(dtokens)
   dparams = tuple(
     sharding.constrain(d, *a).astype(p.dtype) for d, a, p in zip(dparams, work.params, params)
@@ -118,6 +181,7 @@ class _Place:
   is gathered, by dimension.
   """
 
+  layout: sharding.Layout
   rows: tuple[str, ...]
   second: tuple[str, ...]
   wide: tuple[str, ...]
@@ -142,7 +206,7 @@ class _Place:
       more = [tuple(m for m in _over(layout, name) if m in tokens) for name in axes]
       new.append(tuple(more))
       specs.append(PartitionSpec(*(old + add or None for old, add in zip(kept, more))))
-    return cls(rows, second, wide, work.peers, tuple(specs), tuple(new))
+    return cls(layout, rows, second, wide, work.peers, tuple(specs), tuple(new))
 
   def tokens(self, axes: Axes) -> PartitionSpec:
     """Of an array over tokens with these axes after [b t]."""
@@ -156,25 +220,20 @@ class _Place:
     split = [any(name in WIDE.values() for name in a) for a in axes]
     return tuple(x if s else jax.lax.psum(x, self.wide) for x, s in zip(arrays, split))
 
-  def joined(self, params: Arrays) -> Arrays:
-    """Parameters, gathered over the mesh axes that split tokens."""
-    return tuple(
-      functools.reduce(
-        lambda w, part: collectives.join(w, part[1], part[0]) if part[1] else w, enumerate(new), p
-      )
-      for p, new in zip(params, self.new)
-    )
+  def joined(self, part: jax.Array, number: int) -> jax.Array:
+    """The parameter of this number, gathered over the mesh axes that split tokens."""
+    for i, names in enumerate(self.new[number]):
+      part = collectives.join(part, names, i) if names else part
+    return part
 
-  def scattered(self, grads: Arrays) -> Arrays:
-    """The sums of parameters' gradients over all tokens, split as `joined` found them."""
-    out = []
-    for g, new in zip(grads, self.new):
-      for i, names in enumerate(new):
-        g = collectives.add_and_split(g, names, i) if names else g
-      done = {*self.peers, *(m for names in new for m in names)}
-      rest = tuple(m for m in (*self.rows, *self.second) if m not in done)
-      out.append(jax.lax.psum(g, rest) if rest else g)
-    return tuple(out)
+  def scattered(self, grad: jax.Array, number: int) -> jax.Array:
+    """The sum of a parameter's gradients over all tokens, split as `joined` found it."""
+    new = self.new[number]
+    for i, names in enumerate(new):
+      grad = collectives.add_and_split(grad, names, i) if names else grad
+    done = {*self.peers, *(m for names in new for m in names)}
+    rest = tuple(m for m in (*self.rows, *self.second) if m not in done)
+    return jax.lax.psum(grad, rest) if rest else grad
 
 
 def _over(layout: sharding.Layout, *names: str | None) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxtext import sharding
 from maxtext.kernels.grouped_matmul import Product, grouped_matmul
-from maxtext.layers import routing
+from maxtext.layers import routing, shuffle
 from maxtext.layers.exchange import Peers
-from maxtext.layers.local import Arrays, Work, run
+from maxtext.layers.local import Arrays, Weights, Work, run
 from maxtext.layers.mlp import Mlp, activated
 from maxtext.layers.params import Compute, Dense, contract, dot, nd_dense_init, param
 from maxtext.layers.routing import Routed
@@ -202,27 +202,10 @@ class Moe(nnx.Module):
     return y + dot("bte,ed->btd", share.astype(y.dtype), self.down.bias, self.compute)
 
 
-@jax.custom_vjp
-def _times(x: jax.Array, share: jax.Array) -> jax.Array:
-  """x [... d] times [...], in float32 before it is rounded to the dtype of x."""
-  return (x * share[..., None]).astype(x.dtype)
-
-
-def _times_backward(saved: Arrays, g: jax.Array) -> Arrays:
-  """Both gradients from what is rounded, so that nothing as large as x is there in float32."""
-  x, share = saved
-  x, g = jax.lax.optimization_barrier((x, g))  # else x is made in float32 beside itself
-  dshare = jnp.einsum("...d,...d->...", g, x, preferred_element_type=jnp.float32)
-  return (g * share[..., None]).astype(x.dtype), dshare.astype(share.dtype)
-
-
-_times.defvjp(lambda x, share: (_times(x, share), (x, share)), _times_backward)
-
-
 # What a device does with its own tokens: choices are numbered token by token, k for each.
 
 
-def _sorted(peers: Peers, count: int, tokens: Arrays, _: Arrays) -> Arrays:
+def _sorted(peers: Peers, count: int, tokens: Arrays, _: Weights) -> Arrays:
   """experts [b t k], real [b t] -> the choices by expert [b t k], how many of each there are on
   each device [1 1 (w e)].
   """
@@ -233,45 +216,64 @@ def _sorted(peers: Peers, count: int, tokens: Arrays, _: Arrays) -> Arrays:
   return order.reshape(experts.shape), counts.reshape(1, 1, counts.size)
 
 
-def _rise(product: Product, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Arrays) -> Arrays:
+def _rise(product: Product, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Weights) -> Arrays:
   """x [b t d] and the sorted choices -> gate and up, or up alone [b (t k) f]:
   with k apart, the TPU's compiler would lay out every row anew for each product.
   """
   x, weights, order, counts = tokens
-  rows = _dealt_out(x.reshape(-1, x.shape[-1]), order.reshape(order.size), order.shape[2])
+  rows = shuffle.dealt_out(x.reshape(-1, x.shape[-1]), order.reshape(order.size), order.shape[2])
   if spec.weigh_inputs:
-    rows = _times(rows, _moved(weights.reshape(order.size, 1), order)[:, 0])
+    rows = shuffle.times(rows, shuffle.moved(weights.reshape(order.size, 1), order)[:, 0])
   rows = peers.sent(rows, counts)
-  sizes, made = peers.sizes(counts), []
-  for kernel, *bias in _layers(spec, params):
-    y = grouped_matmul(product, rows, kernel, sizes)
-    if bias:
-      group = jnp.repeat(jnp.arange(peers.each), sizes, total_repeat_length=rows.shape[0])
-      y = y + bias[0][group].astype(y.dtype)
-    made.append(y.reshape(x.shape[0], x.shape[1] * peers.room, y.shape[-1]))
-  return tuple(made)
+  sizes = peers.sizes(counts)
+
+  def spread(bias: jax.Array) -> jax.Array:
+    return bias[jnp.repeat(jnp.arange(peers.each), sizes, total_repeat_length=rows.shape[0])]
+
+  risen = lambda kernel, rows: grouped_matmul(product, rows, kernel, sizes)
+  made = _by_layer(spec, params, rows, risen, spread)
+  return tuple(y.reshape(x.shape[0], x.shape[1] * peers.room, y.shape[-1]) for y in made)
 
 
-def _fall(product: Product, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Arrays) -> Arrays:
+def _fall(product: Product, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Weights) -> Arrays:
   """Hidden activations of the sorted choices [b (t k) f] -> the tokens' sums [b t d]."""
   h, weights, order, counts = tokens
-  rows = h.reshape(h.size // h.shape[-1], h.shape[-1])
+  rows, share = h.reshape(h.size // h.shape[-1], h.shape[-1]), ()
   if not spec.weigh_inputs:
-    share = _moved(weights.reshape(order.size, 1), order)
-    rows = _times(rows, peers.sent(share, counts)[:, 0])
-  y = grouped_matmul(product, rows, params[0], peers.sizes(counts))
-  y = _added_up(peers.returned(y, counts), order.reshape(order.size), order.shape[2])
+    share = (peers.sent(shuffle.moved(weights.reshape(order.size, 1), order), counts)[:, 0],)
+  sizes = peers.sizes(counts)
+
+  def fallen(kernel: jax.Array, rows: jax.Array, *share: jax.Array) -> jax.Array:
+    y = grouped_matmul(product, rows, kernel, sizes, *share)
+    return y if peers.names else summed(y)  # what others send is not to be sent twice
+
+  def summed(y: jax.Array) -> jax.Array:
+    return shuffle.added_up(y, order.reshape(order.size), order.shape[2])
+
+  (y,) = params[0].product(fallen, rows, *share)
+  y = summed(peers.returned(y, counts)) if peers.names else y
   return (y.reshape(*order.shape[:2], y.shape[-1]),)
 
 
-def _layers(spec: MoeSpec, params: Arrays) -> list[Arrays]:
-  """The kernel of each layer that rises, and its bias if it has one."""
-  step = 2 if spec.expert.bias else 1
-  return [params[i : i + step] for i in range(0, len(params), step)]
+def _by_layer(
+  spec: MoeSpec,
+  params: Weights,
+  rows: jax.Array,
+  product: Callable[[jax.Array, jax.Array], jax.Array],
+  spread: Callable[[jax.Array], jax.Array],
+) -> Arrays:
+  """By gate and up, or up: product(kernel, rows), and of its bias, if it has one, `spread`."""
+  step, made = 2 if spec.expert.bias else 1, []
+  for kernel, *biases in (params[i : i + step] for i in range(0, len(params), step)):
+    y, rows, *made = kernel.product(product, rows, beside=(rows, *made))
+    for bias in biases:
+      y = y + spread(bias.whole).astype(y.dtype)
+    made.append(y)
+  return tuple(made)
 
 
 def _rise_of_all(
-  compute: Compute, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Arrays
+  compute: Compute, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Weights
 ) -> Arrays:
   """x [b t d], what inputs are multiplied by [b t e] -> gate and up, or up alone [b t e f]."""
   x, share = tokens
@@ -279,43 +281,39 @@ def _rise_of_all(
   if spec.weigh_inputs:
     share = peers.swapped(share, 2).reshape(*x.shape[:3], peers.each)
     each = jnp.broadcast_to(x[:, :, :, None], (*share.shape, x.shape[-1]))
-    x, equation = _times(each, share), "btwed,edf->btwef"
-  made = []
-  for kernel, *bias in _layers(spec, params):
-    y = contract(equation, x, kernel, RISE, compute)
-    y = y + bias[0].astype(y.dtype) if bias else y
-    made.append(y.reshape(*y.shape[:2], spec.experts, y.shape[-1]))
-  return tuple(made)
+    x, equation = shuffle.times(each, share), "btwed,edf->btwef"
+  risen = lambda kernel, x: contract(equation, x, kernel, RISE, compute)
+  made = _by_layer(spec, params, x, risen, lambda bias: bias)
+  return tuple(y.reshape(*y.shape[:2], spec.experts, y.shape[-1]) for y in made)
 
 
-def _fall_of_all(compute: Compute, peers: Peers, tokens: Arrays, params: Arrays) -> Arrays:
+def _fall_of_all(compute: Compute, peers: Peers, tokens: Arrays, params: Weights) -> Arrays:
   """Hidden activations [b t e f], what outputs are multiplied by [b t e] -> sums [b t d]."""
   h, share = tokens
-  h = _times(h, peers.swapped(share, 2))
+  h = shuffle.times(h, peers.swapped(share, 2))
   h = h.reshape(*h.shape[:2], peers.ways, peers.each, h.shape[-1])
-  return (peers.summed(contract("btwef,efd->btwd", h, params[0], FALL, compute)),)
+  fallen = lambda kernel, h: contract("btwef,efd->btwd", h, kernel, FALL, compute)
+  return (peers.summed(*params[0].product(fallen, h)),)
 
 
 def _rise_of_dealt(
-  compute: Compute, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Arrays
+  compute: Compute, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Weights
 ) -> Arrays:
   """Inputs [b e c d] -> gate and up, or up alone [b e c f]."""
   x = _by_device(peers, peers.swapped(tokens[0], 1))
-  made = []
-  for kernel, *bias in _layers(spec, params):
-    y = contract("bwecd,edf->bwecf", x, kernel, RISE, compute)
-    y = y + bias[0][:, None].astype(y.dtype) if bias else y
-    made.append(y.reshape(*tokens[0].shape[:3], y.shape[-1]))
-  return tuple(made)
+  risen = lambda kernel, x: contract("bwecd,edf->bwecf", x, kernel, RISE, compute)
+  made = _by_layer(spec, params, x, risen, lambda bias: bias[:, None])
+  return tuple(y.reshape(*tokens[0].shape[:3], y.shape[-1]) for y in made)
 
 
 def _fall_of_dealt(
-  compute: Compute, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Arrays
+  compute: Compute, spec: MoeSpec, peers: Peers, tokens: Arrays, params: Weights
 ) -> Arrays:
   """Hidden activations [b e c f], what they are multiplied by [b e c] -> outputs [b e c d]."""
   h, share = tokens
-  h = _by_device(peers, h if spec.weigh_inputs else _times(h, peers.swapped(share, 1)))
-  y = contract("bwecf,efd->bwecd", h, params[0], FALL, compute)
+  h = _by_device(peers, h if spec.weigh_inputs else shuffle.times(h, peers.swapped(share, 1)))
+  fallen = lambda kernel, h: contract("bwecf,efd->bwecd", h, kernel, FALL, compute)
+  (y,) = params[0].product(fallen, h)
   return (peers.swapped(y.reshape(*share.shape, y.shape[-1]), 1),)
 
 
@@ -324,36 +322,7 @@ def _by_device(peers: Peers, x: jax.Array) -> jax.Array:
   return x.reshape(x.shape[0], peers.ways, x.shape[1] // peers.ways, *x.shape[2:])
 
 
-def _moved(rows: jax.Array, order: jax.Array) -> jax.Array:
-  """Rows [m ...] in this order, in which each stands once."""
-  return rows.at[order.reshape(order.size)].get(unique_indices=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dealt_out(x: jax.Array, order: jax.Array, active: int) -> jax.Array:
-  """Tokens [n d], of k choices each -> [(n k) d], that of every choice in this order of them."""
-  return x[order // active]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _added_up(y: jax.Array, order: jax.Array, active: int) -> jax.Array:
-  """What choices in this order [(n k) d] come to for each token, k of them -> [n d]."""
-  back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
-  return _moved(y, back).reshape(-1, active, y.shape[-1]).sum(1)
-
-
-# Each is the other's gradient: neither is to hold a token k times, or to add rows up one by one.
-_dealt_out.defvjp(
-  lambda x, order, active: (_dealt_out(x, order, active), order),
-  lambda active, order, g: (_added_up(g, order, active), None),
-)
-_added_up.defvjp(
-  lambda y, order, active: (_added_up(y, order, active), order),
-  lambda active, order, g: (_dealt_out(g, order, active), None),
-)
-
-
-def _assigned(count: int, room: int, tokens: Arrays, _: Arrays) -> Arrays:
+def _assigned(count: int, room: int, tokens: Arrays, _: Weights) -> Arrays:
   """experts [b t k], real [b t] -> the choice that each place of an expert holds [b e c], t * k for
   none; and each choice's place [b t k], e * c for none.
   """
@@ -375,7 +344,7 @@ def _assigned(count: int, room: int, tokens: Arrays, _: Arrays) -> Arrays:
   return held, place.reshape(experts.shape)
 
 
-def _dealt(spec: MoeSpec, tokens: Arrays, _: Arrays) -> Arrays:
+def _dealt(spec: MoeSpec, tokens: Arrays, _: Weights) -> Arrays:
   """x [b t d], weights [b t k], held [b e c] -> inputs [b e c d], and what their outputs are
   multiplied by [b e c].
   """
@@ -383,10 +352,10 @@ def _dealt(spec: MoeSpec, tokens: Arrays, _: Arrays) -> Arrays:
   take = jax.vmap(lambda rows, at: rows.at[at].get(mode="fill", fill_value=0))
   share = take(weights.reshape(weights.shape[0], weights.shape[1] * weights.shape[2]), held)
   x = take(x, held // spec.active)
-  return (_times(x, share) if spec.weigh_inputs else x), share
+  return (shuffle.times(x, share) if spec.weigh_inputs else x), share
 
 
-def _collected(tokens: Arrays, _: Arrays) -> Arrays:
+def _collected(tokens: Arrays, _: Weights) -> Arrays:
   """Outputs [b e c d], each choice's place [b t k] -> the tokens' sums [b t d]."""
   y, place = tokens
   rows = y.reshape(y.shape[0], y.shape[1] * y.shape[2], y.shape[3])

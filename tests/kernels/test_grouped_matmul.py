@@ -24,18 +24,19 @@ SIZES = {
 def draw(rows, groups, width=8, out=6):
   random = np.random.default_rng(0)
   made = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
-  return made(rows, width), made(groups, width, out), made(rows, out)
+  return made(rows, width), made(groups, width, out), made(rows, out), made(rows)
 
 
-def plain(x, w, g, sizes):
-  """Products, and the gradients of their sum weighted by g, in float64."""
-  x, w, g = (np.asarray(a, np.float64) for a in (x, w, g))
+def plain(x, w, g, share, sizes):
+  """Products times shares, and the gradients of their sum weighted by g, in float64."""
+  x, w, g, share = (np.asarray(a, np.float64) for a in (x, w, g, share))
   y, dx, dw, begin = np.zeros(g.shape), np.zeros(x.shape), np.zeros(w.shape), 0
+  weighed = g * share[:, None]
   for e, size in enumerate(sizes):
     rows = slice(begin, begin + size)
-    y[rows], dx[rows], dw[e] = x[rows] @ w[e], g[rows] @ w[e].T, x[rows].T @ g[rows]
+    y[rows], dx[rows], dw[e] = x[rows] @ w[e], weighed[rows] @ w[e].T, x[rows].T @ weighed[rows]
     begin += size
-  return y, dx, dw
+  return y * share[:, None], dx, dw, (y * g).sum(1)
 
 
 @pytest.mark.parametrize(
@@ -48,15 +49,17 @@ def plain(x, w, g, sizes):
 )
 def test_every_kernel_multiplies_each_group_by_its_matrix(kernel, case):
   rows, sizes = SIZES[case]
-  x, w, g = draw(rows, len(sizes))
+  x, w, g, share = draw(rows, len(sizes))
 
-  def both(x, w, sizes):
-    y, pull = jax.vjp(lambda x, w: grouped_matmul(KERNELS[kernel], x, w, sizes), x, w)
+  def both(sizes, *given):
+    y, pull = jax.vjp(lambda x, w, *s: grouped_matmul(KERNELS[kernel], x, w, sizes, *s), *given)
     return y, *pull(g)
 
-  found = jax.jit(both)(x, w, jnp.asarray(sizes, jnp.int32))
-  for a, b in zip(found, plain(x, w, g, sizes)):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)  # float32 sums of up to 600 products
+  for given in ((x, w), (x, w, share)):
+    found = jax.jit(both)(jnp.asarray(sizes, jnp.int32), *given)
+    want = plain(x, w, g, share if len(given) > 2 else np.ones(rows), sizes)
+    for a, b in zip(found, want):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)  # float32 sums of up to 600 products
 
 
 def test_a_gradient_is_summed_in_float32():
