@@ -580,6 +580,16 @@ def test_keys_and_values_are_kept_in_both_parts():
 # -- masks ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size, dimensions", [(8, 3), (128, 4)])
+def test_narrow_heads_are_kept_side_by_side(size, dimensions):
+  """What stands in the last dimension fills a TPU's 128 lanes, with zeros if need be."""
+  layer, x = make(head_dim=size), inputs()
+  eqns = jax.make_jaxpr(lambda x: layer(x, x)[0])(x).jaxpr.eqns
+  kept = {e.params["name"]: e.outvars[0].aval for e in eqns if e.primitive.name == "name"}
+  for name in ("query_proj", "key_proj", "value_proj"):
+    assert kept[name].ndim == dimensions
+
+
 def seen_by(layer, x, **more):
   """bool [T S]: which inputs the outputs of row 0 depend on."""
   out = lambda x: layer(x, x, **more)[0][0].sum(-1)
