@@ -265,7 +265,7 @@ def _by_layer(
   """By gate and up, or up: product(kernel, rows), and of its bias, if it has one, `spread`."""
   step, made = 2 if spec.expert.bias else 1, []
   for kernel, *biases in (params[i : i + step] for i in range(0, len(params), step)):
-    y, rows, *made = kernel.product(product, rows, beside=(rows, *made))
+    y, *made = kernel.product(product, rows, beside=made)
     for bias in biases:
       y = y + spread(bias.whole).astype(y.dtype)
     made.append(y)

@@ -27,7 +27,7 @@ def both(tokens, weights):
   """Two products of the same rows, as gate and up are, and a third parameter beside."""
   (x,), (first, second, shift) = tokens, weights
   product = lambda whole, x: jnp.einsum("btd,edf->btf", x, whole.astype(x.dtype))
-  a, x = first.product(product, x, beside=[x])
+  (a,) = first.product(product, x)
   b, a = second.product(product, x, beside=[a])
   return a, b + shift.whole.sum((0, 1))
 
