@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from maxtext import config
+from maxtext import config, topology
 from maxtext.bucket import is_url
 from maxtext.config import Config, check_devices
 from maxtext.config.checks import idle
@@ -176,6 +177,9 @@ def _job(loaded: Config) -> Job:
   if run.hardware not in ("auto", machine.hardware):
     problem = f"{run.hardware} is not what {machine.name} has; leave it away"
     raise ConfigError("hardware", f"{problem}, or name another launch_machine")
+  if machine.hardware == "gpu" and loaded.mesh.num_slices > 1:
+    problem = f"{loaded.mesh.num_slices}, but GPUs have no slices; use num_slices=1"
+    raise ConfigError("num_slices", f"{problem}, and count all GPUs in launch_machine")
   if launch.launch_target == "docker":
     machine = machine.whole
   if launch.launch_target == "docker" and machine.hosts * slices > 1:
@@ -183,7 +187,9 @@ def _job(loaded: Config) -> Job:
     raise ConfigError("launch_machine", problem)
   if launch.launch_target == "xpk" and not machine.xpk:
     raise ConfigError("launch_machine", f"xpk knows no {machine.name}; use launch_target=gke")
-  check_devices(loaded, machine.devices * slices or loaded.run.devices or 1)
+  machine = machine if machine.chips else dataclasses.replace(CPU, devices=run.devices or 1)
+  topology.expect(loaded.compile, machine, slices)
+  check_devices(loaded, machine.devices * slices)
   forced: dict[str, Any] = {"hardware": machine.hardware, "run_name": run.run_name}
   if launch.launch_target != "docker" and not loaded.sources["exit_code_when_stopped"].level:
     forced["exit_code_when_stopped"] = AGAIN

@@ -14,6 +14,7 @@ from maxtext.errors import ConfigError
 from maxtext.jobs.machines import Machine, find, kind_of
 
 KEY = "compile_topology"
+MEGA = "-mega"  # machines whose chips are the same, in a faster network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,24 @@ def parse(name: str) -> Machine:
 def kind_named(named: str) -> str | None:
   """The kind that JAX calls so."""
   return next((kind for kind, own in KINDS.items() if own.named == named), None)
+
+
+def expect(section: Compile, machine: Machine, slices: int) -> None:
+  """Refuse a machine on which `demand` would end the run, or another shape. Raises ConfigError."""
+  if not section.compile_topology:
+    return
+  named, asked = parse(section.compile_topology), section.compile_topology_num_slices
+  if asked not in (None, slices):
+    raise ConfigError("compile_topology_num_slices", f"{asked}, but num_slices={slices}; use null")
+  if _chips(named) != _chips(machine):
+    problem = f"{named.name}, but the run is to be on {machine}; leave it away"
+    raise ConfigError(KEY, f"{problem}, or name the same machine")
+
+
+def _chips(machine: Machine) -> tuple[str, str, int]:
+  """What is equal where two names mean one machine."""
+  kind = kind_of(machine.name).removesuffix(MEGA) if machine.label else ""
+  return kind, machine.topology, machine.devices
 
 
 def demand(section: Compile, devices: Sequence[Any], slices: int) -> None:

@@ -163,12 +163,44 @@ def test_what_waits_in_a_file_for_another_key_is_left_out(place, name):
     ("launch_environment=[HF_TOKEN=x]", "looks like a secret"),
     ("launch_machine=h100-12", "nodes of 8"),
     ("lauch_machine=v5p-8", "did you mean 'launch_machine'"),
+    ("compile_topology=v5e-16", "v5e-16, but the run is to be on v5p-8, 2x2x1"),
+    ("compile_topology=v5p-16", "v5p-16, but the run is to be on v5p-8, 2x2x1"),
+    ("compile_topology=cpu-4", "cpu-4, but the run is to be on v5p-8, 2x2x1"),
+    ("launch_machine=h100-8 num_slices=2", "2, but GPUs have no slices; use num_slices=1"),
   ],
 )
 def test_what_cannot_run_there_is_refused_before_anything_is_written(word, complaint):
-  key = word.partition("=")[0]
+  key, *more = word.partition("=")[0], *word.split()
   words = [other for other in GKE if not other.startswith(f"{key}=")]
-  assert complaint in refused(*words, word)
+  assert complaint in refused(*words, *more)
+
+
+@pytest.mark.parametrize(
+  "machine, compiled, slices",
+  [
+    ("v5litepod-16", "v5e-16", 1),
+    ("v5p-4x4x4", "v5p-128", 2),
+    ("h100-mega-16", "h100-16", 1),
+    ("v5p-8", "v5p-8", 2),
+  ],
+)
+def test_a_topology_that_is_the_machine_by_another_name_is_taken(place, machine, compiled, slices):
+  own = (f"launch_machine={machine}", f"compile_topology={compiled}", f"num_slices={slices}")
+  assert launch.main([TINY, GKE[0], *GKE[2:], *own]) == 0
+
+
+def test_as_many_slices_are_compiled_for_as_there_will_be():
+  named = ("compile_topology=v5p-8", "compile_topology_num_slices=2")
+  assert "2, but num_slices=1; use null" in refused(*GKE, *named)
+
+
+@pytest.mark.parametrize("virtual", [8, 4])
+def test_docker_without_a_machine_has_the_devices_that_it_compiles_for(virtual):
+  words = (*DOCKER, "hardware=cpu", "compile_topology=cpu-8", f"devices={virtual}")
+  if virtual == 8:
+    assert launch.main([TINY, *words]) == 0
+  else:
+    assert "cpu-8, but the run is to be on this machine" in refused(*words)
 
 
 @pytest.mark.parametrize(
