@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import posixpath
 import re
 import shlex
 import shutil
@@ -131,7 +132,7 @@ def complaints(loaded: Config) -> Iterator[Complaint]:
 def _lost(loaded: Config) -> Iterator[Complaint]:
   """What a container would lose when it ends, or has not when it begins."""
   mount = loaded.launch.launch_mount
-  inside = lambda path: path.startswith(f"{mount}/") or path == mount
+  inside = lambda path: f"{posixpath.normpath(path)}/".startswith(f"{mount}/")
   base, block = loaded.run.base_output_directory, loaded.architecture.decoder_block
   if not inside(base):
     why = "is mounted in a pod" if is_url(base) else "is lost with the container"
@@ -142,7 +143,8 @@ def _lost(loaded: Config) -> Iterator[Complaint]:
     yield _at(loaded, "decoder_block", f"{problem}, or write its blocks as the key blocks")
   for key in HERE:
     for path in filter(None, map(str.strip, loaded.values[key].split(";"))):
-      here = "://" not in path and (not os.path.isabs(path) or os.path.exists(path))
+      there = os.path.isabs(path) and not os.path.exists(posixpath.normpath(path))
+      here = "://" not in path and not there
       if here and not inside(path) and key not in idle(loaded):
         problem = f"{path!r} is of this machine; put it on launch_volume"
         yield _at(loaded, key, f"{problem}, and name it as {mount}/...")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import posixpath
 import re
 from collections.abc import Iterator
 from typing import Literal
@@ -13,6 +14,8 @@ from maxtext.jobs import machines
 
 BUCKET = r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9]"
 LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # a name in Kubernetes
+# What the image, Kubernetes and our manifest have in a container
+OCCUPIED = ("/bin", "/dev", "/etc", "/lib", "/opt/maxtext", "/proc", "/sys", "/usr", "/var/run")
 SECRET = re.compile(  # what services call their tokens; each has a form of its own
   r"\bhf_\w{16,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bsk-[\w-]{20,}"
   r"|\bAKIA[0-9A-Z]{16}|\bAIza[\w-]{30,}|\bya29\.[\w-]{8,}|\bxox[abp]-[\w-]{8,}"
@@ -49,8 +52,7 @@ class Launch:
         machines.find(self.launch_machine)
       except ConfigError as error:
         yield error.where, error.problem
-    if not re.fullmatch(r"/[\w./-]*\w", self.launch_mount):
-      yield "launch_mount", f"{self.launch_mount!r} is no path in a container; write one as /data"
+    yield from self._mount()
     for key in ("launch_secret_name", "launch_namespace"):
       if not re.fullmatch(LABEL, getattr(self, key)):
         problem = f"{getattr(self, key)[:70]!r} is no name in Kubernetes; use a-z, 0-9 and -"
@@ -68,6 +70,15 @@ class Launch:
         yield "launch_secrets", f"{problem} launch_secret_name"
     if not self.launch_directory:
       yield "launch_directory", "is empty; name a folder, for instance launches"
+
+  def _mount(self) -> Iterator[tuple[str, str]]:
+    mount = self.launch_mount
+    within = lambda path, folder: f"{path}/".startswith(f"{folder}/")
+    taken = [own for own in OCCUPIED if within(own, mount) or within(mount, own)]
+    if not re.fullmatch(r"/[\w./-]*\w", mount) or posixpath.normpath(mount) != mount:
+      yield "launch_mount", f"{mount!r} is no path in a container; write one as /data"
+    elif taken:
+      yield "launch_mount", f"{mount!r} collides with {taken[0]} of the container; use one as /data"
 
   @property
   def environment(self) -> dict[str, str]:
