@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the container image for cpu, cuda or tpu, and with --push sends it to its registry.
 #
-#   ./scripts/image.sh tpu REGISTRY/maxtext:v1 [--push] [docker build argument ...]
+#   ./scripts/image.sh tpu registry.example/maxtext:v1 [--push] [docker build argument ...]
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"

@@ -165,6 +165,13 @@ def test_what_waits_in_a_file_for_another_key_is_left_out(place, name):
     ("lauch_machine=v5p-8", "did you mean 'launch_machine'"),
     ("base_output_directory=/data/../runs", "'/data/../runs' is lost with the container"),
     ("load_parameters_path=/data/../tmp", "'/data/../tmp' is of this machine"),
+    ("launch_image=bad image", "'bad image' is no container image"),
+    ("launch_image=UPPER/x:v1", "'UPPER/x:v1' is no container image; write HOST/NAME:TAG"),
+    ("launch_image=x:v1:v2", "'x:v1:v2' is no container image"),
+    ("launch_image=r.io/x@sha256:12", "is no container image"),
+    ("launch_image=https://r.io/x", "is no container image"),
+    ("launch_environment=[URL=https://me:hunter2@host/x]", "URL looks like a secret"),
+    ("prompt=see amqp://:hunter2@host", "prompt: amqp... looks like a secret"),
     ("launch_mount=/", "'/' is no path in a container"),
     ("launch_mount=/data/../mnt", "'/data/../mnt' is no path in a container"),
     ("launch_mount=/dev/shm", "'/dev/shm' collides with /dev of the container"),
@@ -172,13 +179,17 @@ def test_what_waits_in_a_file_for_another_key_is_left_out(place, name):
     ("compile_topology=v5e-16", "v5e-16, but the run is to be on v5p-8, 2x2x1"),
     ("compile_topology=v5p-16", "v5p-16, but the run is to be on v5p-8, 2x2x1"),
     ("compile_topology=cpu-4", "cpu-4, but the run is to be on v5p-8, 2x2x1"),
-    ("launch_machine=h100-8 num_slices=2", "2, but GPUs have no slices; use num_slices=1"),
   ],
 )
 def test_what_cannot_run_there_is_refused_before_anything_is_written(word, complaint):
-  key, *more = word.partition("=")[0], *word.split()
+  key = word.partition("=")[0]
   words = [other for other in GKE if not other.startswith(f"{key}=")]
-  assert complaint in refused(*words, *more)
+  assert complaint in refused(*words, word)
+
+
+def test_gpus_have_no_slices():
+  words = (GKE[0], *GKE[2:], "launch_machine=h100-8", "num_slices=2")
+  assert "num_slices: 2, but GPUs have no slices; use num_slices=1" in refused(*words)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +218,21 @@ def test_docker_without_a_machine_has_the_devices_that_it_compiles_for(virtual):
     assert launch.main([TINY, *words]) == 0
   else:
     assert "cpu-8, but the run is to be on this machine" in refused(*words)
+
+
+@pytest.mark.parametrize(
+  "image",
+  [
+    "img",
+    "user/img:V1.2_x",
+    "europe-west4-docker.pkg.dev/my-project/repo/max__text:v1",
+    "localhost:5000/img@sha256:" + "0a" * 32,
+    "Registry.example:5000/a/b:v1@sha256:" + "0a" * 32,
+  ],
+)
+def test_an_image_of_any_registry_is_taken_and_no_url_without_a_password_is_a_secret(place, image):
+  urls = "launch_environment=[A=http://host:80/x@y, B=https://me@host/x]"
+  assert launch.main([TINY, *GKE[:2], *GKE[3:], f"launch_image={image}", urls]) == 0
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,15 @@ BUCKET = r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9]"
 LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # a name in Kubernetes
 # What the image, Kubernetes and our manifest have in a container
 OCCUPIED = ("/bin", "/dev", "/etc", "/lib", "/opt/maxtext", "/proc", "/sys", "/usr", "/var/run")
+# OCI's reference: a registry's host, a repository, a tag, a digest
+HOST = r"([A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+(:\d+)?|[A-Za-z0-9-]+:\d+|localhost)"
+PART, TAG = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*", r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+IMAGE = rf"({HOST}/)?{PART}(/{PART})*(:{TAG})?(@sha256:[0-9a-f]{{64}})?"
 SECRET = re.compile(  # what services call their tokens; each has a form of its own
   r"\bhf_\w{16,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bsk-[\w-]{20,}"
   r"|\bAKIA[0-9A-Z]{16}|\bAIza[\w-]{30,}|\bya29\.[\w-]{8,}|\bxox[abp]-[\w-]{8,}"
   r"|\beyJ[\w-]{10,}\.[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY"
+  r"|\b[a-z][a-z0-9+.-]*://[^\s/:@]*:[^\s/@]+@"  # user:password@ of a URL
 )
 SECRET_NAME = re.compile(
   r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|(API|ACCESS|PRIVATE)_?KEY)(_|$)", re.IGNORECASE
@@ -52,6 +57,10 @@ class Launch:
         machines.find(self.launch_machine)
       except ConfigError as error:
         yield error.where, error.problem
+    image = self.launch_image
+    if image and not re.fullmatch(IMAGE, image):
+      problem = f"{image[:70]!r} is no container image; write HOST/NAME:TAG, the name in lower case"
+      yield "launch_image", problem
     yield from self._mount()
     for key in ("launch_secret_name", "launch_namespace"):
       if not re.fullmatch(LABEL, getattr(self, key)):
