@@ -118,15 +118,26 @@ def complaints(loaded: Config) -> Iterator[Complaint]:
   if target == "local":
     return
   yield from _lost(loaded)
-  volume = launch.launch_volume
-  bucket, claim = "://" in volume, re.fullmatch(rf"{LABEL}(\.{LABEL})*", volume)
-  if bucket and target != "gke":
-    yield _at(loaded, "launch_volume", "buckets are mounted on GKE only; name what is there")
-  elif bucket and not re.fullmatch(BUCKET, volume):
-    yield _at(loaded, "launch_volume", f"{volume!r} is not of the form gs://BUCKET")
-  elif target == "gke" and volume and not (bucket or claim):
-    problem = f"{volume[:70]!r} is no PersistentVolumeClaim; names are of a-z, 0-9, - and ."
+  if problem := _unfit(target, launch.launch_volume):
     yield _at(loaded, "launch_volume", problem)
+
+
+def _unfit(target: str, volume: str) -> str:
+  """Why the target cannot mount the volume; empty if it can, or there is none."""
+  if "://" in volume:
+    if target != "gke":
+      return "buckets are mounted on GKE only; name what is there"
+    good = re.fullmatch(BUCKET, volume)
+    return "" if good else f"{volume!r} is not of the form gs://BUCKET"
+  claim = re.fullmatch(rf"{LABEL}(\.{LABEL})*", volume)
+  if target == "gke" and volume and not claim:
+    return f"{volume[:70]!r} is no PersistentVolumeClaim; names are of a-z, 0-9, - and ."
+  if target == "docker" and volume and not os.path.isabs(volume):
+    absolute = os.path.abspath(os.path.expanduser(volume))
+    return f"{volume!r} is no absolute path, which docker demands; use {absolute}"
+  if target == "docker" and volume and not os.path.isdir(volume):
+    return f"{volume!r} is no folder of this machine; make it, or name another"
+  return ""
 
 
 def _lost(loaded: Config) -> Iterator[Complaint]:
@@ -222,6 +233,10 @@ def _elsewhere(job: Job, submit: bool) -> int:
   """Write what starts the job, and start it if that is wanted; returns the exit code."""
   launch = job.launch
   path = _file(launch, job.run_name)
+  unset = [name for name in launch.launch_secrets if name not in os.environ]
+  if submit and unset and launch.launch_target == "docker":
+    problem = f"{unset[0]} is not set here, from where docker takes it; export it"
+    raise ConfigError("launch_secrets", f"{problem}, or leave it away")
   if launch.launch_target == "gke":
     text = _text(_manifest(job))
     command = ["kubectl", "apply", f"--filename={path}"]

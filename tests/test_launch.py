@@ -363,6 +363,29 @@ def test_docker_is_not_given_more_than_one_host(machine):
   assert "more than this host" in refused(*DOCKER, f"launch_machine={machine}")
 
 
+@pytest.mark.parametrize(
+  "volume, complaint",
+  [
+    ("runs/mine", "no absolute path, which docker demands; use /"),
+    ("/nowhere/at/all", "'/nowhere/at/all' is no folder of this machine; make it"),
+    ("gs://bucket", "buckets are mounted on GKE only"),
+  ],
+)
+def test_docker_mounts_a_folder_that_is_there(volume, complaint):
+  assert complaint in refused(*DOCKER[:2], GKE[4], f"launch_volume={volume}")
+
+
+def test_docker_is_not_called_for_a_secret_that_is_not_set(place, monkeypatch):
+  program(place, "docker")
+  monkeypatch.setenv("PATH", f"{place}/bin")
+  monkeypatch.delenv("HF_TOKEN", raising=False)
+  words = (*DOCKER, "launch_secrets=[HF_TOKEN]", "--submit")
+  assert "launch_secrets: HF_TOKEN is not set here" in refused(*words)
+  assert not (place / "asked").exists()
+  monkeypatch.setenv("HF_TOKEN", "x")
+  assert launch.main([TINY, *words]) == 0
+
+
 def test_docker_passes_secrets_on_by_name(place):
   launch.main([TINY, *DOCKER, "launch_secrets=[HF_TOKEN]", "launch_machine=h100-8"])
   words = words_of_script(place, "docker.sh")
