@@ -416,6 +416,11 @@ def test_local_processes_each_know_their_place_and_the_first_failure_counts():
   assert process.returncode == 3
 
 
+def test_a_line_that_begins_with_its_number_has_it_once():
+  said, _ = started(TALK + "print(f'[{n}] process 0 ended')").communicate(timeout=60)
+  assert sorted(said.splitlines())[1::2] == ["[0] process 0 ended", "[1] process 0 ended"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_a_local_launch_comes_to_each_process(number):
   hear = f"import signal, time; signal.signal({int(number)}, lambda *_: sys.exit(9)); "

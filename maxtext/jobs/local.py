@@ -64,6 +64,6 @@ def _follow(process: subprocess.Popen[str], prefix: str, codes: list[int]) -> No
   """Print each of its lines after the prefix, and note its exit code."""
   assert process.stdout is not None
   for line in process.stdout:
-    sys.stdout.write(prefix + line)
+    sys.stdout.write(prefix + line.removeprefix(prefix))  # which some begin with by themselves
     sys.stdout.flush()
   codes.append(process.wait())
