@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -432,6 +433,22 @@ def test_a_signal_to_a_local_launch_comes_to_each_process(number):
     assert "I am" in process.stdout.readline()
   process.send_signal(number)
   assert process.wait(timeout=20) == 9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+def test_local_processes_are_told_to_stop_when_the_launch_is_killed(place):
+  """They are not its group, and nobody reads what they print any more."""
+  last = "signal.signal(15, lambda *_: (open(f'saved{n}', 'x'), os._exit(0))); "
+  code = TALK.replace("print", f"import signal, time; {last}print") + "time.sleep(60)"
+  process = started(code)
+  assert process.stdout is not None
+  for _ in range(2):
+    assert "I am" in process.stdout.readline()
+  process.kill()
+  until = time.monotonic() + 20
+  while len(list(place.glob("saved*"))) < 2:
+    assert time.monotonic() < until
+    time.sleep(0.05)
 
 
 def test_what_starts_at_once_is_not_submitted():

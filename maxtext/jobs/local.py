@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
 from maxtext.jobs.job import place
+
+SIGNAL_OF_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def environments(count: int) -> list[dict[str, str]]:
@@ -37,9 +40,8 @@ def run(command: Sequence[str], own: Sequence[Mapping[str, str]]) -> int:
 
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, pass_on)
-  codes: list[int] = []
-  readers = []
-  for i, variables in enumerate(own):
+  dying_with = _dying_with(os.getpid())
+  for variables in own:
     process = subprocess.Popen(
       command,
       stdin=subprocess.DEVNULL,
@@ -49,8 +51,12 @@ def run(command: Sequence[str], own: Sequence[Mapping[str, str]]) -> int:
       errors="replace",
       env={**os.environ, **variables},
       start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on once
+      preexec_fn=dying_with,  # safe: there are no threads yet
     )
     started.append(process)
+  codes: list[int] = []
+  readers = []
+  for i, process in enumerate(started):
     prefix = f"[{i}] " if len(own) > 1 else ""
     readers.append(threading.Thread(target=_follow, args=(process, prefix, codes)))
     readers[-1].start()
@@ -58,6 +64,20 @@ def run(command: Sequence[str], own: Sequence[Mapping[str, str]]) -> int:
     while reader.is_alive():  # a lock that is waited for without end keeps signals away
       reader.join(0.2)
   return next((code if code > 0 else 128 - code for code in codes if code), 0)
+
+
+def _dying_with(launcher: int) -> Callable[[], None] | None:
+  """What has a child get SIGTERM when its launcher ends, by whatever; None where only Linux can."""
+  if sys.platform != "linux":
+    return None
+  control = ctypes.CDLL(None).prctl
+
+  def demand() -> None:
+    control(SIGNAL_OF_PARENTS_DEATH, signal.SIGTERM)
+    if os.getppid() != launcher:  # which has ended before
+      os._exit(128 + signal.SIGTERM)
+
+  return demand
 
 
 def _follow(process: subprocess.Popen[str], prefix: str, codes: list[int]) -> None:
