@@ -29,7 +29,7 @@ from maxtext.config.sources import COMMAND_LINE, PRESET
 from maxtext.config.values import render, takes_text
 from maxtext.errors import ConfigError, ConfigErrors, run_cli
 from maxtext.hosts.sections import PLACE
-from maxtext.jobs import Job, Launch, Machine, commands, find, jobset, local, schema
+from maxtext.jobs import Job, Launch, Machine, commands, find, jobset, local, overlay
 from maxtext.jobs.job import AGAIN
 from maxtext.jobs.sections import BUCKET, LABEL, SECRET
 
@@ -273,26 +273,10 @@ def _manifest(job: Job) -> list[dict[str, Any]]:
   """The documents that are applied, with launch_overlay on top. Raises ConfigErrors for what
   Kubernetes would not take.
   """
-  own, name = [], job.launch.launch_overlay
-  try:
-    if name:
-      own = [d for d in yaml.safe_load_all(Path(name).expanduser().read_text()) if d]
-  except (OSError, UnicodeError, yaml.YAMLError) as error:
-    what = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
-    problem = f"{name!r} cannot be read: {what}; name a YAML file, or leave it away"
-    raise ConfigError("launch_overlay", problem) from None
-  made = jobset.documents(job)
-  kinds = [d["kind"] for d in made]
-  if lost := [d for d in own if not isinstance(d, dict) or d.get("kind") not in kinds]:
-    problem = f"{str(lost[0])[:60]} says no kind: of {', '.join(kinds)}; begin it with one"
-    raise ConfigError("launch_overlay", problem)
-  for above in own:
-    made = [schema.over(d, above) if d["kind"] == above["kind"] else d for d in made]
+  made, name = list(jobset.documents(job)), job.launch.launch_overlay
+  own = overlay.read(name, [d["kind"] for d in made]) if name else []
   known = yaml.safe_load((PACKAGED / "launch" / "manifest.yml").read_text())
-  found = [f"{d['kind']} {line}" for d in made for line in schema.problems(d, d["kind"], known)]
-  if found:
-    raise ConfigErrors(found)
-  return made
+  return overlay.lay(made, own, known)
 
 
 def _file(launch: Launch, run_name: str) -> Path:

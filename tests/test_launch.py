@@ -314,6 +314,11 @@ def test_the_documented_overlay_is_one_and_gives_what_it_says(place):
   assert run["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
 
 
+# Overlays of the job of a slice, and of its pod
+WORK = "kind: JobSet\nspec: {{replicatedJobs: [{{name: slice, template: {{spec: {{{}}}}}}}]}}"
+POD = WORK.replace("{}", "template: {{spec: {{{}}}}}")
+
+
 @pytest.mark.parametrize(
   "overlay, complaint",
   [
@@ -322,6 +327,40 @@ def test_the_documented_overlay_is_one_and_gives_what_it_says(place):
     ("kind: JobSet\nmetadata: {labels: {a: 1}}", "JobSet metadata.labels.a: '1' is not a label"),
     ("kind: Service\nspec: {ports: [{port: 0}]}", "Service spec.ports[0].port: '0' is not the"),
     ("kind: Deployment\nspec: {template: {spec: null}}", "Deployment spec.template: has no spec"),
+    ("kind: JobSet\nmetadata: {labels: {a: true}}", 'at most 63; quote it, as "true"'),
+    ("kind: JobSet\nmetadata: {name: mine}", "'mine' is not 'tiny', by which others find it"),
+    ("kind: Service\nmetadata: {namespace: x}", "leave it away, and set launch_namespace"),
+    (WORK.format("completions: 2"), "template.spec.completions: 2 is not 1, the hosts of"),
+    (WORK.format("parallelism: 2, completions: 2"), "template.spec.parallelism: 2 is not 1"),
+    (POD.format("nodeSelector: {spot: true}"), "spec.nodeSelector.spot: 'true' is not a label"),
+    (POD.format("restartPolicy: Always"), "restartPolicy: 'Always' cannot be here; use Never"),
+    (POD.format("restartPolicy: OnFailure"), "'OnFailure' cannot be here; use Never"),
+    (POD.format("restartPolicy: null"), "restartPolicy: 'Always' cannot be here; use Never"),
+    (POD.format("containers: [{name: 7}]"), "containers[0].name: '7' is not a name of"),
+    (
+      POD.format("containers: [{name: trian, env: []}]"),
+      "containers[1]: has no image; 'trian' is new there, did you mean 'train'?",
+    ),
+    (
+      POD.format("containers: [{name: train, volumeMounts: [{name: rnus, mountPath: /x}]}]"),
+      "containers[0].volumeMounts[2].name: 'rnus' is no volume of the pod, did you mean 'runs'?",
+    ),
+    (
+      POD.format("initContainers: [{name: a, image: b, volumeMounts: [{name: c, mountPath: /}]}]"),
+      "initContainers[0].volumeMounts[0].name: 'c' is no volume of the pod; there are runs, shm",
+    ),
+    (
+      POD.format("containers: [{name: train, volumeMounts: [{name: shm, mountPath: /data}]}]"),
+      "containers[0].volumeMounts[1].mountPath: '/data' is mounted twice",
+    ),
+    (
+      POD.replace("slice", "workers").format("hostNetwork: true"),
+      "template.spec.template.spec: has no containers; 'workers' is new there; there are slice",
+    ),
+    (
+      "kind: Deployment\nspec: {template: {spec: {restartPolicy: Never}}}",
+      "Deployment spec.template.spec.restartPolicy: 'Never' cannot be here; use Always",
+    ),
     ("kind: Pod", "says no kind: of JobSet, Deployment, Service"),
     ("{", "cannot be read"),
     (f"kind: JobSet\nspec: {{managedBy: {TOKEN}}}", "launch_overlay: hf_a... looks like a secret"),

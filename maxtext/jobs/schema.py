@@ -1,11 +1,9 @@
-"""Whether Kubernetes would take a manifest, by configs/launch/manifest.yml; and laying one's own
-over it.
-"""
+"""Whether Kubernetes takes a manifest, by configs/launch/manifest.yml; and one laid over it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -37,7 +35,12 @@ def problems(value: Any, kind: Any, kinds: Mapping[str, Any], at: str = "") -> I
     for name, item in value.items():
       yield from problems(item, kind[1:-1], kinds, f"{at}.{name}")
   elif problem := _unfit(value, kind):
-    yield f"{at}: {str(value)[:70]!r} {problem}"
+    yield f"{at}: {_plain(value)[:70]!r} {problem}"
+
+
+def _plain(value: Any) -> str:
+  """A value as it may stand in YAML."""
+  return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _fields(
@@ -73,7 +76,10 @@ def _unfit(value: Any, kind: str) -> str:
     return "" if good else "is not a quantity, as 4, 500m or 2Gi"
   if kind in FORMS:
     words, form = FORMS[kind]
-    return "" if isinstance(value, str) and re.fullmatch(form, value) else f"is not {words}"
+    if isinstance(value, str):
+      return "" if re.fullmatch(form, value) else f"is not {words}"
+    single = not isinstance(value, dict | list)
+    return f"is not {words}" + (f'; quote it, as "{_plain(value)}"' if single else "")
   allowed = [kind[1:]] if kind.startswith("=") else kind.split("|")
   return "" if value in allowed else f"is none of {', '.join(allowed)}"
 
@@ -86,9 +92,13 @@ def over(below: Any, above: Any) -> Any:
     merged = {**below, **{k: over(below.get(k), v) for k, v in above.items()}}
     return {key: value for key, value in merged.items() if value is not None}
   if isinstance(below, list) and isinstance(above, list):
-    named = [isinstance(item, dict) and "name" in item for item in (*below, *above)]
-    if all(named):
+    if named(below + above):
       new = {item["name"]: item for item in above}
       kept = [over(item, new.pop(item["name"], {})) for item in below]
       return [*kept, *new.values()]
   return above
+
+
+def named(items: Iterable[Any]) -> bool:
+  """Whether all of them have names, by which they can be told apart."""
+  return all(isinstance(item, dict) and isinstance(item.get("name"), str) for item in items)
