@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -432,62 +429,6 @@ def test_docker_passes_secrets_on_by_name(place):
   assert words[:2] == ["docker", "run"] and words[words.index("img:1") + 1] == "python"
   assert {"--env=HF_TOKEN", "--gpus=all", "--volume=/srv:/data", "--init"} <= set(words)
   assert "hardware=gpu" in words
-
-
-TALK = "import os, sys; n = os.environ['JAX_PROCESS_ID']; print('I am', n); "
-WAIT = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0 if {own} else 7)); "
-LOCAL = "import os, sys; from maxtext.jobs import local; sys.exit(local.run({}, {}))"
-
-
-def started(code: str, count: int = 2) -> subprocess.Popen[str]:
-  """Processes of a program, by the runner of local launches."""
-  from maxtext.jobs import local
-
-  own = local.environments(count)
-  program = LOCAL.format([sys.executable, "-uc", code], own)
-  return subprocess.Popen([sys.executable, "-uc", program], stdout=subprocess.PIPE, text=True)
-
-
-def test_local_processes_each_know_their_place_and_the_first_failure_counts():
-  late = "import time; time.sleep(0.3 * (n == '0')); sys.exit(3 if n == '1' else 75)"
-  process = started(TALK + late)
-  said, _ = process.communicate(timeout=60)
-  assert sorted(said.splitlines()) == ["[0] I am 0", "[1] I am 1"]
-  assert process.returncode == 3
-
-
-def test_a_line_that_begins_with_its_number_has_it_once():
-  said, _ = started(TALK + "print(f'[{n}] process 0 ended')").communicate(timeout=60)
-  assert sorted(said.splitlines())[1::2] == ["[0] process 0 ended", "[1] process 0 ended"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_a_local_launch_comes_to_each_process(number):
-  hear = f"import signal, time; signal.signal({int(number)}, lambda *_: sys.exit(9)); "
-  process = started(
-    TALK.replace("print", hear.replace("import", "import", 1) + "print") + "time.sleep(60)"
-  )
-  assert process.stdout is not None
-  for _ in range(2):
-    assert "I am" in process.stdout.readline()
-  process.send_signal(number)
-  assert process.wait(timeout=20) == 9
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
-def test_local_processes_are_told_to_stop_when_the_launch_is_killed(place):
-  """They are not its group, and nobody reads what they print any more."""
-  last = "signal.signal(15, lambda *_: (open(f'saved{n}', 'x'), os._exit(0))); "
-  code = TALK.replace("print", f"import signal, time; {last}print") + "time.sleep(60)"
-  process = started(code)
-  assert process.stdout is not None
-  for _ in range(2):
-    assert "I am" in process.stdout.readline()
-  process.kill()
-  until = time.monotonic() + 20
-  while len(list(place.glob("saved*"))) < 2:
-    assert time.monotonic() < until
-    time.sleep(0.05)
 
 
 def test_what_starts_at_once_is_not_submitted():
