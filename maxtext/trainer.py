@@ -203,7 +203,9 @@ class Run:
   def _compiled(self, lowered: Any) -> Step:
     """The step, from the file that has it if there is one."""
     path = self.config.compile.compiled_trainstep_file
-    return executable.load(path, self.program, lowered) if path else lowered.compile()
+    if path:
+      return executable.load(path, self.program, lowered)
+    return executable.compile_step(self.program, lowered)
 
   def _saving(self) -> Phase | None:
     """The save under way, if there is one."""

@@ -253,7 +253,12 @@ def test_devices_are_known_by_their_common_names(name, shape, devices):
 
 
 @pytest.mark.parametrize(
-  "name, advice", [("v5p-100", "v5p-64, v5p-128"), ("v5q-8", "v5p"), ("a100-8", "name h100-8")]
+  "name, advice",
+  [
+    ("v5p-100", "v5p-64, v5p-128"),
+    ("v5q-8", "v5p"),
+    ("a100-8", "name h100-8"),
+  ],
 )
 def test_devices_that_there_are_none_of_are_refused(name, advice):
   with pytest.raises(ConfigError, match=f"compile_topology.*{advice}"):
@@ -308,6 +313,12 @@ def test_a_compiled_step_is_loaded_for_what_it_was_compiled_for_and_nothing_else
   other = alone("learning_rate=0.5")
   with pytest.raises(ConfigError, match="another program .learning_rate=0.001, here 0.5"):
     executable.load(path, other, other.traced.lower())
+  whole = (tmp_path / "step").read_bytes()
+  middle = len(whole) // 2
+  for damaged in (whole[: -len(whole) // 3], whole[:middle] + bytes(64) + whole[middle + 64 :]):
+    (tmp_path / "step").write_bytes(damaged)
+    with pytest.raises(ConfigError, match="compiled_trainstep_file: .* damaged; compile it anew"):
+      executable.load(path, built, lowered)
   (tmp_path / "step").write_text("nothing")
   with pytest.raises(ConfigError, match="is no compiled step"):
     executable.load(path, built, lowered)
@@ -356,6 +367,20 @@ def test_a_part_of_the_time_has_the_most_of_its_moments():
   moments = [(0, 1), (1, 5), (1.5, 2), (plot.BINS - 0.5, 3), (plot.BINS, 7)]
   found = plot.binned(moments)
   assert found[:3] == [1, 5, 2] and set(found[3:-1]) == {2} and found[-1] == 7
+
+
+@pytest.mark.parametrize(
+  "flag, problem",
+  [
+    ("--xla_foo=1", "this compiler has no such option"),
+    ("--xla_cpu_use_fusion_emitters=abc", "this option cannot take the value"),
+  ],
+)
+def test_an_option_that_the_compiler_does_not_take_is_refused_in_one_line(flag, problem):
+  built = alone(f"compile_xla_flags={flag}")
+  with pytest.raises(ConfigError, match=f"^compile_xla_flags: {flag}: {problem}") as error:
+    executable.compile_step(built, built.traced.lower())
+  assert "\n" not in str(error.value)
 
 
 def test_a_step_of_several_cpu_devices_is_not_kept():

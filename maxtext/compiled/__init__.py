@@ -40,7 +40,7 @@ def compile_for(config: Config) -> int:
     executable.check(built)
   start, lowered = time.process_time(), built.traced.lower()
   try:
-    compiled = lowered.compile()
+    compiled = executable.compile_step(built, lowered)
   except jax.errors.JaxRuntimeError as error:
     made = report.exhausted(built, error, time.process_time() - start)
   else:

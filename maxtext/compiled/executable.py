@@ -4,29 +4,50 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.experimental import serialize_executable
 
 from maxtext import __version__
 from maxtext.config.config import SHAPING
 from maxtext.config.sections import SECTION_OF
+from maxtext.config.values import brief
 from maxtext.errors import ConfigError
 from maxtext.program import Program
 
 KEY = "compiled_trainstep_file"
+DIGEST = "sha256 of the step"
 PACKAGES = ("jax", "jaxlib", "libtpu")
 STEPS = (*SHAPING, "kernel", "mesh")
 AGAIN = "compile it anew by python -m maxtext.compile, or leave the key away"
+
+
+def compile_step(built: Program, lowered: Any) -> Any:
+  """The step, compiled; raises ConfigError for an option that its compiler does not take."""
+  try:
+    return lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    word = str(error).splitlines()[0]
+    for name, value in built.config.compile.options().items():
+      if word.startswith("INVALID_ARGUMENT") and re.search(rf"\b{name}\b", word):
+        problem = "this compiler has no such option; leave it away, or name another"
+        if "No such" not in word:
+          problem = "this option cannot take the value; write one that it can"
+        where = f"--{name}={brief(value, 60)}"
+        raise ConfigError("compile_xla_flags", f"{where}: {problem}") from None
+    raise
 
 
 def save(path: str, built: Program, lowered: Any, compiled: Any) -> None:
   """Write a step, to be loaded for the same program, devices and versions. Raises ConfigError."""
   check(built)
   payload, _, _ = serialize_executable.serialize(compiled)
-  head = facts(built, lowered) | {"config": built.config.resolved()}
+  head = {"config": built.config.resolved(), DIGEST: hashlib.sha256(payload).hexdigest()}
+  head |= facts(built, lowered)
   try:
     Path(path).expanduser().write_bytes(json.dumps(head).encode() + b"\n" + payload)
   except OSError as error:
@@ -40,10 +61,12 @@ def load(path: str, built: Program, lowered: Any) -> Any:
   try:
     head, _, payload = Path(path).expanduser().read_bytes().partition(b"\n")
     kept = json.loads(head)
-    known = kept.pop("config")
-  except (OSError, ValueError, KeyError) as error:
-    what = error.strerror if isinstance(error, OSError) else "is no compiled step"
+    known, digest = kept["config"], kept[DIGEST]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    what = error.strerror if isinstance(error, OSError) else "is no compiled step, or is damaged"
     raise ConfigError(KEY, f"{path}: {what}; {AGAIN}") from None
+  if hashlib.sha256(payload).hexdigest() != digest:
+    raise ConfigError(KEY, f"{path}: the file is damaged; {AGAIN}")
   for name, value in facts(built, lowered).items():
     if (was := kept.get(name)) != value:
       differs = f"{was}, here {value}" if name != "program" else _changes(built, known)
