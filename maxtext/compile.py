@@ -9,6 +9,8 @@ from typing import NoReturn
 from maxtext import config, hardware, topology
 from maxtext.config import loading
 from maxtext.config.config import Config
+from maxtext.config.places import unwritable
+from maxtext.config.values import shown
 from maxtext.errors import ConfigError, run_cli
 
 USAGE = """\
@@ -51,6 +53,8 @@ def load(argv: list[str]) -> Config:
   own_words = tuple(f"{word.partition('=')[0]}=" for word in (*words, "num_slices="))
   rest = [word for word in argv if not word.startswith(own_words)]
   loaded = config.load([*rest, *words, f"num_slices={slices}"], environ)
+  if (path := loaded.compile.compiled_trainstep_file) and (problem := unwritable(path)):
+    raise ConfigError("compiled_trainstep_file", f"{shown(path)}: {problem}")
   topology.prepare(own, os.environ)
   hardware.prepare(loaded.run)
   return loaded

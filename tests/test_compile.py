@@ -383,6 +383,17 @@ def test_an_option_that_the_compiler_does_not_take_is_refused_in_one_line(flag, 
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["compiled_trainstep_file", "report_file"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_compiled(key, tmp_path):
+  load = lambda path: compiling.load([*KEYS, "compile_topology=cpu-8", f"{key}={path}"])
+  with pytest.raises(ConfigError, match=f"{key}: .*is a folder; name a file"):
+    load(tmp_path)
+  with pytest.raises(ConfigError, match=f"{key}: .*there is no folder .*; make it"):
+    load("/proc/x/y.json")
+  load(tmp_path / "written")
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_step_of_several_cpu_devices_is_not_kept():
   with pytest.raises(ConfigError, match="several CPU devices"):
     executable.check(program.build(config.load(KEYS, {})))

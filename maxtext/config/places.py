@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,9 @@ def of_places(config: Config, purpose: Purpose) -> Iterator[Problem]:
       problem = "is a folder; name a file" if path.is_dir() else _blocked(path.parent, "a file")
       if problem:
         yield "metrics_file", f"{shown(text)}: {problem}"
+    text = os.path.expanduser(config.compile.report_file)
+    if text and not re.search(r"\$|://|^~", text) and (problem := unwritable(text)):
+      yield "report_file", f"{shown(config.compile.report_file)}: {problem}"
     yield from _started_from(config)
   if purpose in ("train", "read"):
     yield from _read(config)
@@ -75,8 +79,8 @@ def of_places(config: Config, purpose: Purpose) -> Iterator[Problem]:
 
 def _blocked(folder: Path, wanted: str, must_be_written: bool = True) -> str:
   """Why `folder` is none and cannot become one, or nothing be written there; empty if it can."""
-  if any(len(os.fsencode(part)) > LONGEST for part in folder.parts):
-    return f"has a name of more than {LONGEST} bytes; name a shorter one"
+  if problem := _too_long(folder):
+    return problem
   there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), None)
   if there is None:
     return ""
@@ -88,6 +92,25 @@ def _blocked(folder: Path, wanted: str, must_be_written: bool = True) -> str:
   if must_be_written and not os.access(there, os.W_OK | os.X_OK):
     return f"{name} cannot be written; name {wanted} that can"
   return ""
+
+
+def unwritable(text: str) -> str:
+  """Why no file can be written there, in a folder that is there; empty if one can."""
+  path = Path(os.path.expanduser(text))
+  if os.path.isdir(path):
+    return "is a folder; name a file"
+  if problem := _too_long(path) or _blocked(path.parent, "a file"):
+    return problem
+  if not os.path.isdir(path.parent):
+    return f"there is no folder {brief(place(path.parent))}; make it, or name a file in another"
+  there = os.path.exists(path) and not os.access(path, os.W_OK)
+  return "cannot be written; name a file that can" if there else ""
+
+
+def _too_long(path: Path) -> str:
+  """Why no file system has such a name; empty if one may."""
+  long = any(len(os.fsencode(part)) > LONGEST for part in path.parts)
+  return f"has a name of more than {LONGEST} bytes; name a shorter one" if long else ""
 
 
 def _read(config: Config) -> Iterator[Problem]:
