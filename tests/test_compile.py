@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -18,6 +19,8 @@ from maxtext import compile as compiling
 from maxtext import config, hlo, program, topology
 from maxtext.compiled import executable, noting, origins, plot, report, reported, schedule, words
 from maxtext.errors import ConfigError
+from maxtext.estimate import advice
+from maxtext.estimate.chips import CHIPS
 
 ROOT = Path(__file__).parents[1]
 KEYS = (
@@ -392,6 +395,39 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_compiled(ke
     load("/proc/x/y.json")
   load(tmp_path / "written")
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  "word",
+  [
+    "Ran out of memory on HBM, the total memory required (34.39G) exceeds available HBM (15.75G).",
+    "Ran out of memory in memory space hbm. Used 34.39G of 15.75G hbm.",
+  ],
+)
+def test_a_device_has_what_its_compiler_says_that_it_has(word):
+  error = jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {word}")
+  memory = report.exhausted(alone(), error, 0.0).memory
+  assert (memory.chip, memory.peak) == (int(15.75 * 2**30), round(34.39 * 2**30))
+
+
+ROOMY = "base_emb_dim=256 base_mlp_dim=1024 max_target_length=1024 per_device_batch_size=8".split()
+
+
+def test_what_would_fit_names_each_choice_once_and_fewer_rows_last():
+  loaded = config.load([*KEYS[:2], "vocab_size=512", *ROOMY, "remat_policy=full"], {})
+  now = 400 * 2**20
+  found = advice.remedies(loaded, 512, 8, dataclasses.replace(CHIPS["v5e"], memory=now), now)
+  choices = [line.partition(": ")[0] for line in found]
+  assert "remat_policy=full" not in " ".join(choices)
+  layouts = [" ".join(re.findall(r"(?:ici|num)_\w+=\d+", choice)) for choice in choices]
+  assert len(choices) == len({*choices}) and len([*filter(None, layouts)]) <= 2
+  assert choices[-1] == "per_device_batch_size=4.0" and "of 1/2 of the tokens" in found[-1]
+  assert advice.remedies(loaded, 512, 8, dataclasses.replace(CHIPS["v5e"], memory=1), now) == []
+
+
+def test_where_nothing_would_fit_a_report_says_what_changes_that():
+  made = report.Report({}, 0.0, advice=(report.NOTHING,), problem="too large")
+  assert "none of the choices that were tried: fewer rows" in [*words._verdict(made)][-1]
 
 
 def test_a_step_of_several_cpu_devices_is_not_kept():

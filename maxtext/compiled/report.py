@@ -18,6 +18,11 @@ from maxtext.program import Program
 from maxtext.topology import kind_named
 
 LARGEST = 10  # buffers that are listed
+AMOUNT = r"([\d.]+)([KMGT])"  # of bytes
+NOTHING = (
+  "none of the choices that were tried: fewer rows on a device (per_device_batch_size) or a larger "
+  "slice change that"
+)
 PART = (  # of what a report on TPUs says
   "a GPU that is not there is compiled for in part: nothing is tried out, so that products and "
   "their workspace may be others on it; cuDNN's attention is not there; no time is estimated"
@@ -131,7 +136,7 @@ def of(built: Program, compiled: Any, cpu_seconds: float) -> Report:
   origins = Origins(text, built.layout, built.plan.declared)
   collectives = hlo.collectives(text, built.layout.mesh.shape, built.config.mesh.dcn())
   work = _work(built, walked)
-  return Report(
+  made = Report(
     run=describe(built),
     compile_cpu_seconds=round(cpu_seconds, 1),
     memory=memory,
@@ -145,6 +150,7 @@ def of(built: Program, compiled: Any, cpu_seconds: float) -> Report:
     else "",
     moments=tuple((time, memory.arguments + size) for time, size in walked.moments),
   )
+  return made if made.fits else dataclasses.replace(made, advice=advise(built, memory.peak))
 
 
 def exhausted(built: Program, error: Exception, cpu_seconds: float) -> Report:
@@ -154,8 +160,9 @@ def exhausted(built: Program, error: Exception, cpu_seconds: float) -> Report:
   if "RESOURCE_EXHAUSTED" not in str(error):
     raise error
   word = str(error).splitlines()[0].partition("RESOURCE_EXHAUSTED: ")[2][:200]
-  amounts = re.findall(r"([\d.]+)([KMGT])i?B?\b", word)
-  sizes = [round(float(n) * 2.0 ** (10 * ("KMGT".index(unit) + 1))) for n, unit in amounts]
+  sizes = [_bytes(*amount) for amount in re.findall(rf"{AMOUNT}i?B?\b", word)]
+  limit = re.search(rf"available HBM \({AMOUNT}|of {AMOUNT} hbm", word)
+  chip = _bytes(*filter(None, limit.groups())) if limit else chip_memory(built)
   state, rows = built.state, built.config.training.global_batch(built.layout.mesh.size)
   held = estimate.bytes_per_device
   parameters, optimizer, batch = map(held, (state.params, state.opt_state, built.batch(rows)))
@@ -170,7 +177,7 @@ def exhausted(built: Program, error: Exception, cpu_seconds: float) -> Report:
     batch=batch,
     temporaries=needed - given,
     peak=needed,
-    chip=chip_memory(built),
+    chip=chip,
   )
   return Report(
     run=describe(built),
@@ -179,16 +186,25 @@ def exhausted(built: Program, error: Exception, cpu_seconds: float) -> Report:
     largest=tuple(_largest(built, Profile(), None)),
     at=f"{step.point}, by estimate: "
     + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in kinds.items()),
-    advice=tuple(advise(built, needed)),
+    advice=advise(built, needed, chip),
     problem=word,
   )
 
 
-def advise(built: Program, needed: int) -> list[str]:
-  """What would fit, on chips of which is known what they have."""
+def _bytes(number: str, unit: str) -> int:
+  return round(float(number) * 2.0 ** (10 * ("KMGT".index(unit) + 1)))
+
+
+def advise(built: Program, needed: int, there: int | None = None) -> tuple[str, ...]:
+  """What would fit into what is `there`, or that nothing would; nothing at all of chips of which
+  is not known what they have.
+  """
   mesh = built.layout.mesh
-  kind = kind_named(mesh.devices.flat[0].device_kind)
-  return remedies(built.config, built.spec.vocab, mesh.size, CHIPS[kind], needed) if kind else []
+  if (kind := kind_named(mesh.devices.flat[0].device_kind)) is None:
+    return ()
+  chip = CHIPS[kind]
+  chip = dataclasses.replace(chip, memory=min(chip.memory, there or chip.memory))
+  return tuple(remedies(built.config, built.spec.vocab, mesh.size, chip, needed)) or (NOTHING,)
 
 
 def _memory(built: Program, compiled: Any, walked: Profile) -> Memory:

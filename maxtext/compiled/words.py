@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from maxtext.compiled.report import Memory, Report
+from maxtext.compiled.report import NOTHING, Memory, Report
 
 GIB = 2**30
 KINDS_SHOWN = 10  # of collectives
@@ -111,7 +111,9 @@ def _verdict(report: Report) -> Iterator[str]:
     yield f"\nit does not fit: {report.problem}"
   elif report.memory and report.memory.chip:
     yield f"\nit {'fits' if report.fits else 'does not fit'}"
-  if report.advice:
+  if report.advice == (NOTHING,):
+    yield f"what would fit: {NOTHING}"
+  elif report.advice:
     yield "what would fit, by estimate, the fastest first:"
     yield from (f"  {line}" for line in report.advice)
 

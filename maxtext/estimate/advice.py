@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from maxtext.config import Config
@@ -33,6 +33,7 @@ def remedies(loaded: Config, size: int, devices: int, chip: Chip, needed: int) -
   """Settings with which a step that takes `needed` bytes should fit, the fastest first.
 
   Estimates are taken for as far off as the one of the step as it is; `size` is the vocabulary's.
+  Last comes the most that fits of the rows, halved: a step of fewer tokens is another one.
   """
   mesh = loaded.mesh
   keys = {
@@ -40,8 +41,9 @@ def remedies(loaded: Config, size: int, devices: int, chip: Chip, needed: int) -
   }
   now = made(model_of(loaded, size), keys, devices, chip)
   off = needed / now.bytes.total if now else 1.0
+  mine = loaded.memory.remat_policy
   changes = list(lighter(loaded))
-  changes += [{"remat_policy": name} for name in SAVED if name != "full"]
+  changes += [{"remat_policy": name} for name in SAVED if name not in ("full", mine)]
   single = [{}, *lighter(loaded)]
   changes += [single[1] | other for other in single[2:]]
   changes.append({key: value for change in single for key, value in change.items()})
@@ -49,13 +51,27 @@ def remedies(loaded: Config, size: int, devices: int, chip: Chip, needed: int) -
   for change in changes:
     other = made(model_of(loaded.changed(**change), size), keys, devices, chip)
     if other is not None:
-      found.setdefault(" ".join(f"{k}={render(v)}" for k, v in change.items()), other)
-  for change in ({}, {"remat_policy": "full"}):
+      found.setdefault(_words(change), other)
+  for change in [{}] if mine == "full" else [{}, {"remat_policy": "full"}]:
     for other in layouts(model_of(loaded.changed(**change), size), devices, chip)[:2]:
-      words = [f"{k}={render(v)}" for k, v in change.items()]
-      found.setdefault(" ".join([*words, other.paste]), other)
-  fit = {words: one for words, one in found.items() if one.bytes.total * off <= FULL * chip.memory}
-  return [
-    f"{words}: {one.bytes.total * off / 2**30:.1f} GiB, {one.seconds.total:.3g} s a step at best"
-    for words, one in sorted(fit.items(), key=lambda pair: pair[1].seconds.total)[:SHOWN]
-  ]
+      if now is None or other.sizes != now.sizes:  # which is among the changes
+        found.setdefault(f"{_words(change)} {other.paste}".strip(), other)
+  fits = lambda one: one.bytes.total * off <= FULL * chip.memory
+  said = lambda one: (
+    f"{one.bytes.total * off / 2**30:.1f} GiB, {one.seconds.total:.3g} s a step at best"
+  )
+  fit = sorted(filter(lambda pair: fits(pair[1]), found.items()), key=lambda p: p[1].seconds.total)
+  lines = [f"{words}: {said(one)}" for words, one in fit[:SHOWN]]
+  rows = loaded.training.per_device_batch_size
+  while (rows := rows / 2) >= 1:
+    change = {"per_device_batch_size": rows}
+    fewer = made(model_of(loaded.changed(**change), size), keys, devices, chip)
+    if fewer is not None and fits(fewer):
+      part = round(loaded.training.per_device_batch_size / rows)
+      return [*lines, f"{_words(change)}: {said(fewer)}, of 1/{part} of the tokens"]
+  return lines
+
+
+def _words(change: Mapping[str, Any]) -> str:
+  """As one types it."""
+  return " ".join(f"{key}={render(value)}" for key, value in change.items())
