@@ -112,9 +112,10 @@ def parse(name: str) -> Machine:
   count chips, h100-16 GPUs; v5p-4x4x8 is a shape of chips; cpu-8 is eight virtual devices. Raises
   ConfigError.
   """
+  name = name.lower()
   if found := re.fullmatch(r"cpu-([1-9]\d{0,5})", name):
     return Machine(name, "", 1, 1, int(found[1]))
-  machine = find(name.lower(), KEY)
+  machine = find(name, KEY, (*KINDS, "cpu"))
   if kind_of(machine.name) not in KINDS:
     problem = (
       f"{name}: of GPUs that are not there, h100 alone is compiled for; name h100-8, or a TPU"

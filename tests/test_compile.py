@@ -259,8 +259,12 @@ def test_devices_are_known_by_their_common_names(name, shape, devices):
   "name, advice",
   [
     ("v5p-100", "v5p-64, v5p-128"),
-    ("v5q-8", "v5p"),
+    ("v5q-8", "'v5p-8'"),
     ("a100-8", "name h100-8"),
+    ("v5e", "did you mean 'v5e-256'"),
+    ("cpu", "did you mean 'cpu-8'"),
+    ("cpu-0", "did you mean 'cpu-8'"),
+    ("other", "kinds are cpu, h100, .*as cpu-8"),
   ],
 )
 def test_devices_that_there_are_none_of_are_refused(name, advice):

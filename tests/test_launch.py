@@ -155,7 +155,7 @@ def test_what_waits_in_a_file_for_another_key_is_left_out(place, name):
     ("load_parameters_path=/tmp", "is of this machine; put it on launch_volume"),
     ("launch_machine=v5p128", "did you mean 'v5p-128'?"),
     ("launch_machine=v5p_128", "did you mean 'v5p-128'?"),
-    ("launch_machine=h100mega16", "did you mean 'h100-mega'?"),
+    ("launch_machine=h100mega16", "did you mean 'h100-mega-8'?"),
     ("launch_overlay=/nowhere.yml", "No such file or directory; name a YAML file"),
     ("processes=2", "has no effect with launch_target=gke"),
     ("launch_environment=[HF_TOKEN=x]", "looks like a secret"),

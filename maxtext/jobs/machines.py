@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from maxtext.errors import ConfigError, closest
+from maxtext.errors import ConfigError
 
 # Kind -> GKE's label, the largest slice in chips. The number in a name counts cores in the upper
 # ones, of which a chip has two, and chips in the lower ones. From GKE's pages on planning TPUs.
@@ -73,13 +74,17 @@ def kind_of(name: str) -> str:
   return OTHER_NAMES.get(kind, kind)
 
 
-def find(name: str, key: str = "launch_machine") -> Machine:
-  """`v5p-128`, `v5litepod-16`, `v5p-4x4x8`, `h100-16`. Raises ConfigError for the `key`."""
+def find(
+  name: str, key: str = "launch_machine", known: Iterable[str] = (*TORI, *PLANES, *GPUS)
+) -> Machine:
+  """`v5p-128`, `v5litepod-16`, `v5p-4x4x8`, `h100-16`. Raises ConfigError for the `key`, offering
+  machines of the kinds that are `known`.
+  """
   kind, size = kind_of(name), name.rpartition("-")[2]
   if kind in GPUS and size.isdecimal():
     return _nodes(name, kind, int(size), key)
   if kind not in {**TORI, **PLANES} or not re.fullmatch(r"\d+(x\d+)*", size):
-    offer = _near(name, kind)
+    offer = _near(name, kind, known)
     raise ConfigError(key, f"{name[:40]!r} is no machine, as v5p-128{offer}")
   cores = 2 if kind in TORI else 1
   fit, topology = dict(_slices(kind)), size
@@ -100,14 +105,23 @@ def find(name: str, key: str = "launch_machine") -> Machine:
   return Machine(name, label, chips // each, each, devices, topology, xpk)
 
 
-def _near(name: str, kind: str) -> str:
+def _near(name: str, kind: str, known: Iterable[str]) -> str:
   """The machine that is nearly called so, or the kinds that there are."""
-  known = sorted((*TORI, *PLANES, *GPUS), key=len, reverse=True)
-  for one in known:
+  kinds = sorted(known, key=len, reverse=True)
+  for one in kinds:
     size = name.removeprefix(one)
-    if size != name and re.fullmatch(r"[-_ ]?\d+(x\d+)*", size):
+    if size != name and re.fullmatch(r"[-_ ]?[1-9]\d{0,4}(x\d+)*", size):
       return f", did you mean '{one}-{size.lstrip('-_ ')}'?"
-  return closest(kind or name, known) or f"; kinds are {', '.join(sorted(known))}"
+  if alike := difflib.get_close_matches(kind or OTHER_NAMES.get(name, name), kinds, n=1):
+    typed = re.search(r"-([1-9]\d{0,4}(x\d+)*)$", name)
+    near = alike[0] + typed[0] if typed and alike[0] != kind else _example(alike[0])
+    return f", did you mean '{near}'?"
+  return f"; kinds are {', '.join(sorted(kinds))}, as {_example(min(kinds))}"
+
+
+def _example(kind: str) -> str:
+  """A machine of this kind."""
+  return f"{kind}-{256 if kind in PLANES else 128 if kind in TORI else PER_NODE}"
 
 
 def _nodes(name: str, kind: str, count: int, key: str) -> Machine:
