@@ -208,6 +208,83 @@ ENTRY %main (y: f32[8]) -> f32[8] {
 """
 
 
+FILLED = """\
+HloModule filled
+
+FileNames
+1 "/house/maxtext/layers/local.py"
+2 "/house/maxtext/layers/moe.py"
+3 "/house/maxtext/training/step.py"
+
+FileLocations
+1 {file_name_id=1 line=7 end_line=7}
+2 {file_name_id=2 line=8 end_line=8}
+3 {file_name_id=3 line=9 end_line=9}
+
+StackFrames
+1 {file_location_id=3 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+3 {file_location_id=1 parent_frame_id=3}
+
+%updated (a: f32[4,8], b: f32[8], i: s32[]) -> f32[4,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %i = s32[] parameter(2)
+  %b = f32[8]{0} parameter(1)
+  %made = f32[8]{0} negate(%b), metadata={op_name="kept" stack_frame_id=3}
+  %row = f32[1,8]{1,0} bitcast(%made), metadata={op_name="update" stack_frame_id=1}
+  ROOT %put = f32[4,8]{1,0} dynamic-update-slice(%a, %row, %i, %i)
+}
+
+%zeros (z: f32[]) -> f32[4,8] {
+  %z = f32[] parameter(0)
+  ROOT %many = f32[4,8]{1,0} broadcast(%z), dimensions={}
+}
+
+%body (x: (s32[], f32[4,8], f32[8])) -> (s32[], f32[4,8], f32[8]) {
+  %x = (s32[], f32[4,8]{1,0}, f32[8]{0}) parameter(0)
+  %n = s32[] get-tuple-element(%x), index=0
+  %all = f32[4,8]{1,0} get-tuple-element(%x), index=1
+  %sum = f32[8]{0} get-tuple-element(%x), index=2
+  %next = f32[4,8]{1,0} fusion(%all, %sum, %n), kind=kLoop, calls=%updated
+  %added = f32[8]{0} add(%sum, %sum), metadata={op_name="sum" stack_frame_id=1}
+  ROOT %out = (s32[], f32[4,8]{1,0}, f32[8]{0}) tuple(%n, %next, %added)
+}
+
+%head (y: (s32[], f32[4,8], f32[8])) -> pred[] {
+  %y = (s32[], f32[4,8]{1,0}, f32[8]{0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (s: f32[]) -> f32[] {
+  %s = f32[] parameter(0)
+  %zero = s32[] constant(0)
+  %begun = f32[4,8]{1,0} fusion(%s), kind=kLoop, calls=%zeros, metadata={op_name="broadcast.1"}
+  %room = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"
+  %given = (s32[], f32[4,8]{1,0}, f32[8]{0}) tuple(%zero, %begun, %room)
+  %loop = (s32[], f32[4,8]{1,0}, f32[8]{0}) while(%given), condition=%head, body=%body
+  ROOT %same = f32[] negate(%s)
+}
+"""
+
+
+def test_arrays_that_a_loop_fills_are_called_by_what_it_writes_and_who_had_it_made():
+  layout = program.build(config.load(KEYS, {}), jax.devices()).layout
+  source = origins.Origins(FILLED, layout, {}).source
+  live = {one.line.name: one.named for one in schedule.profile(FILLED).live}
+  found = {name: (origins.name_of(line), source(line)) for name, line in live.items()}
+  assert found["begun"] == ("kept", "layers/moe.py:8")  # not local.py, which runs what others make
+  assert found["room"] == ("sum", "training/step.py:9")
+
+
+def test_what_the_layers_keep_for_their_gradients_is_called_by_the_lines_that_make_it():
+  keys = *KEYS, "dtype=float32", "remat_policy=none"
+  built = noting(program.build(config.load(keys, {}), jax.devices()))
+  made = report.of(built, built.traced.lower().compile(), 0.0)
+  kept = [one for one in made.largest if one.array.startswith("f32[3, 2, 48, ")]
+  assert len(kept) > 3 and len({one.name for one in kept}) > 1
+  assert all(one.source.startswith(("layers/", "kernels/")) for one in kept), kept
+
+
 BETWEEN_SLICES = """\
 HloModule slices
 

@@ -32,7 +32,7 @@ class Buffer:
   array: Array
   line: Line
   size: int
-  made: Line | None = None  # what it is a copy of, where the instruction itself says nothing
+  made: Line | None = None  # what it is a copy of, or has in it, where `line` itself is silent
 
   @property
   def named(self) -> Line:
@@ -90,6 +90,10 @@ class _Walk:
     for i, buffer in enumerate(given):
       if id(buffer.line) in own and (taken is None or i in taken):
         buffer.size = 0
+    if taken is None:  # what a loop goes on with stands where that stood which it began with
+      for before, after in zip(_buffers(list(arguments)), given):
+        if after is not before:
+          self._call(before, after.named)
     return self._sweep(lines, values, given)
 
   def _sweep(self, lines: list[Line], values: dict[str, Value], given: list[Buffer]) -> Profile:
@@ -172,6 +176,7 @@ class _Walk:
     elif line.op.endswith("-start") and isinstance(value, list) and len(value) > 1:
       value[1 if line.op == "copy-start" else 0] = operands[0] if len(operands) == 1 else operands
     elif line.op == "dynamic-update-slice":
+      self._call(operands[0], next((b.named for b in _buffers(operands[1])), line))
       return operands[0]
     elif line.op in ("fusion", "custom-call"):
       return self._in_place(line, value, operands)
@@ -187,13 +192,24 @@ class _Walk:
       roots = [own[name] for name in root.operands] if root.op == "tuple" else [root]
       for output, one in enumerate(roots):
         if (operand := _updated(one, own)) is not None:
-          pairs[output] = operand
+          pairs[output], put = operand, _put(one, own)
+          if put.op == "parameter":
+            put = next((b.named for b in _buffers(operands[_number(put)])), put)
+          self._call(operands[operand], put)
     for output, operand in pairs.items():
       if isinstance(value, list):
         value[output] = operands[operand]
       else:
         value = operands[operand]
     return value
+
+  def _call(self, value: Value, put: Line) -> None:
+    """Have what nothing stood in be called by what is first written into it."""
+    for buffer in _buffers(value):
+      line = buffer.named
+      root = self.computations[line.called][-1] if line.op == "fusion" and line.called else line
+      if root.op == "broadcast" or '"AllocateBuffer"' in root.rest:
+        buffer.made = put
 
   def _elementwise(self, line: Line) -> bool:
     return line.op in _ELEMENTWISE or (line.op == "fusion" and "kind=kLoop" in line.rest)
@@ -255,4 +271,18 @@ def _updated(line: Line, own: Mapping[str, Line]) -> int | None:
   line = own[line.operands[0]]
   while line.op == "bitcast" and line.operands:
     line = own[line.operands[0]]
-  return int(line.rest.split(")")[0]) if line.op == "parameter" else None
+  return _number(line) if line.op == "parameter" else None
+
+
+def _put(line: Line, own: Mapping[str, Line]) -> Line:
+  """What a fused instruction that updates a slice writes there."""
+  while line.op == "bitcast":
+    line = own[line.operands[0]]
+  line = own[line.operands[1]]
+  while line.op in ("bitcast", "copy"):
+    line = own[line.operands[0]]
+  return line
+
+
+def _number(parameter: Line) -> int:
+  return int(parameter.rest.split(")")[0])
