@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from maxtext import sharding
 
 TPU = ("tpu",)  # platforms whose compiler is asked as the TPU's has to be
+ROWS = 8  # of a tile of a TPU's memory
 
 
 def gather(w: jax.Array, axes: sharding.Axes) -> jax.Array:
@@ -292,7 +293,10 @@ def join(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.Array:
   """
   if sharding.platform() in TPU:
     for axes, rings in reversed(_steps(names, "gather")):
-      x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True, axis_index_groups=rings)
+      if _uneven(x, dimension, 1):
+        x = _one_below_the_other(jax.lax.all_gather(x, axes, axis_index_groups=rings))
+      else:
+        x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True, axis_index_groups=rings)
     return x
   blocks = jnp.moveaxis(jax.lax.all_gather(x, names), 0, dimension)
   size = blocks.shape[dimension] * x.shape[dimension]
@@ -315,13 +319,40 @@ def add_and_split(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.A
     return x
   ways = jax.lax.axis_size(names)
   size = x.shape[dimension] // ways
-  blocks = x.reshape(*x.shape[:dimension], ways, size, *x.shape[dimension + 1 :])
-  blocks = jnp.moveaxis(blocks, dimension, 0)
+  if sharding.platform() in TPU and _uneven(x, dimension, ways):
+    blocks = _in_tiles(x, ways)
+  else:
+    blocks = x.reshape(*x.shape[:dimension], ways, size, *x.shape[dimension + 1 :])
+    blocks = jnp.moveaxis(blocks, dimension, 0)
   for axes, rings in steps:
     among = len(rings[0]) if rings else jax.lax.axis_size(axes)
     blocks = blocks.reshape(among, -1, *blocks.shape[1:])
     blocks = jax.lax.psum_scatter(blocks, axes, axis_index_groups=rings)
-  return blocks[0]
+  return blocks[0] if dimension else blocks[0, :size]
+
+
+def _uneven(x: jax.Array, dimension: int, ways: int) -> bool:
+  """Whether x is a matrix whose rows, so divided, fill no whole tiles of a TPU's memory.
+
+  Its compiler would write out every step of laying them out anew, half of a large model's program,
+  and of a sum of such make the whole on every device.
+  """
+  return x.ndim == 2 and dimension == 0 and x.shape[0] // ways % ROWS > 0
+
+
+def _one_below_the_other(parts: jax.Array) -> jax.Array:
+  """[ways rows v] -> [(ways rows) v]."""
+  ways, rows, width = parts.shape
+  put = lambda i, x: jax.lax.dynamic_update_slice(x, parts[i], (i * rows, 0))
+  return jax.lax.fori_loop(0, ways, put, jnp.zeros((ways * rows, width), parts.dtype))
+
+
+def _in_tiles(x: jax.Array, ways: int) -> jax.Array:
+  """[(ways rows) v] -> [ways rows v], rows of zeros below each up to whole tiles."""
+  rows, width = x.shape[0] // ways, x.shape[1]
+  take = lambda i: jax.lax.dynamic_slice(x, (i * rows, 0), (rows, width))
+  put = lambda i, blocks: jax.lax.dynamic_update_slice(blocks, take(i)[None], (i, 0, 0))
+  return jax.lax.fori_loop(0, ways, put, jnp.zeros((ways, rows + -rows % ROWS, width), x.dtype))
 
 
 def _steps(

@@ -127,16 +127,27 @@ def test_weights_of_experts_stay_where_they_are_and_tokens_go_to_them(keys, bloc
   assert max(size for size, _ in collectives(text, "all-reduce")) <= 32  # scales of norms
 
 
-@pytest.mark.parametrize("dimension", [0, 1, 2])
+@pytest.mark.parametrize(
+  "dimension, shape",
+  [
+    (0, (8, 16, 24)),
+    (1, (8, 16, 24)),
+    (2, (8, 16, 24)),
+    (0, (64, 24)),
+    (0, (24, 16)),
+    (1, (4, 24)),
+  ],
+)
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}], ids=str)
-def test_over_all_devices_two_steps_do_what_one_does(sizes, dimension, monkeypatch):
+def test_over_all_devices_two_steps_do_what_one_does(sizes, dimension, shape, monkeypatch):
+  """Also for matrices whose rows fill no whole tiles."""
   names = tuple(sizes)
   layout = sharding.Layout(
     Mesh(np.array(jax.devices()[:8]).reshape(*sizes.values()), names), sharding.Rules({})
   )
   monkeypatch.setattr(sent, "TPU", ("cpu",))
   monkeypatch.setattr(sent, "torus", lambda mesh: (8, 2, 3))
-  x = jax.random.normal(jax.random.key(0), (8, 8, 16, 24))
+  x = jax.random.normal(jax.random.key(0), (8, *shape))
   split = P(*[None] * dimension, names)
   run = lambda function, *specs: jax.jit(
     sharding.within(layout, lambda x: sharding.by_device(function, *specs)(x))

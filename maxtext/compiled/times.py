@@ -43,9 +43,10 @@ def time_of(
   if kind is None or not walked.cycles:
     return None
   chip, clock = CHIPS[kind], KINDS[kind].clock
-  # on the way back a kernel computes the scores again: 3.5 products for each of the forward ones
-  again = work["flops_again"] > 0
-  in_kernels = work["attention_flops"] * (3.5 + again) / 3
+  # to the two products of the forward pass kernels add seven on the way back, four for keys and
+  # values and three for queries, or five in one loop; a model needs four
+  again, products = work["flops_again"] > 0, 7 if config.kernel.sa_use_fused_bwd_kernel else 9
+  in_kernels = work["attention_flops"] * (products / 2 + again) / 3
   if config.experts.sparse_matmul and config.experts.megablox:
     in_kernels += work["expert_flops"] * (3 + again) / 3
   kernels = in_kernels / chip.flops if walked.kernels else 0.0
