@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from maxtext import sharding
 
 TPU = ("tpu",)  # platforms whose compiler is asked as the TPU's has to be
-ROWS = 8  # of a tile of a TPU's memory
+ROWS, WIDE = 8, 2**16  # of a tile of a TPU's memory; columns of what is as wide as a vocabulary
 
 
 def gather(w: jax.Array, axes: sharding.Axes) -> jax.Array:
@@ -332,12 +332,13 @@ def add_and_split(x: jax.Array, names: tuple[str, ...], dimension: int) -> jax.A
 
 
 def _uneven(x: jax.Array, dimension: int, ways: int) -> bool:
-  """Whether x is a matrix whose rows, so divided, fill no whole tiles of a TPU's memory.
+  """Whether x is as wide as a vocabulary and its rows, so divided, fill no whole tiles of a TPU.
 
   Its compiler would write out every step of laying them out anew, half of a large model's program,
-  and of a sum of such make the whole on every device.
+  and of a sum of such make the whole on every device. What is narrower it lays out in a loop.
   """
-  return x.ndim == 2 and dimension == 0 and x.shape[0] // ways % ROWS > 0
+  wide = x.ndim == 2 and dimension == 0 and x.shape[1] >= WIDE
+  return wide and x.shape[0] // ways % ROWS > 0
 
 
 def _one_below_the_other(parts: jax.Array) -> jax.Array:

@@ -147,6 +147,7 @@ def test_over_all_devices_two_steps_do_what_one_does(sizes, dimension, shape, mo
   )
   monkeypatch.setattr(sent, "TPU", ("cpu",))
   monkeypatch.setattr(sent, "torus", lambda mesh: (8, 2, 3))
+  monkeypatch.setattr(sent, "WIDE", 16)
   x = jax.random.normal(jax.random.key(0), (8, *shape))
   split = P(*[None] * dimension, names)
   run = lambda function, *specs: jax.jit(
@@ -219,7 +220,7 @@ FOR_A_TPU = """
   [
     ("v5e:4x4", 0, (512, 256)),
     ("v5p:4x4x4", 0, (4096, 1024)),
-    ("v5p:4x4x4", 0, (64 * 45, 1024)),  # no whole tiles
+    ("v5p:4x4x4", 0, (64 * 45, 2**16)),  # no whole tiles
     ("v5p:4x4x4", 0, (4096, 8, 128)),
     ("v5p:4x4x4", 1, (4, 4096, 512)),
     ("v5p:4x4x4", 2, (16, 128, 4096)),
