@@ -108,7 +108,7 @@ def step_of(schedule: str) -> Step:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Attention of a recipe on its chip: its rows of heads, and the layers that have it."""
+  """One kind of attention of a recipe, over rows of this length, on its chip."""
 
   spec: AttentionSpec
   length: int
@@ -174,7 +174,9 @@ class Case:
       schedule = next((path.read_text() for path in named if "analysis" not in path.name), None)
       for path in told.iterdir():
         path.unlink()
-    return None if schedule is None else step_of(schedule)
+    if schedule is None:
+      raise RuntimeError(f"the compiler has written no schedule of {KERNELS[kernel]}")
+    return step_of(schedule)
 
   def cycles(self, kernel: str, blocks: Blocks, step: Step) -> float:
     """Of a head and a row."""
